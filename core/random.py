@@ -49,14 +49,13 @@ def fold_in(keys: Tensor, data: Tensor) -> Tensor:
     return _mix(_mix(keys) + data * _as_int64(0x9E3779B97F4A7C15))
 
 
-def uniform(keys_T: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform numbers in [0, 1), shape ``(*keys.shape, width)``, one row for each key.
+def uniform(keys_T: Tensor, width: int, *, double: bool = False) -> Tensor:
+    """Uniform numbers in [0, 1), shape ``(*keys.shape, width)``, one row for each int64 key.
 
-    53 random bits for float64, 24 otherwise, so that no value rounds up to 1.
+    float32 with 24 random bits, or float64 with 53 when ``double``: no value rounds up to 1.
     """
     columns = torch.arange(width, device=keys_T.device)
     bits = fold_in(keys_T.unsqueeze(-1), columns)
-    digits = 53 if dtype == torch.float64 else 24
+    digits = 53 if double else 24
     top = _shift_right(bits, 64 - digits)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    return (top.to(real) * 2.0**-digits).to(real if dtype == torch.float64 else dtype)
+    return top.to(torch.float64 if double else torch.float32) * 2.0**-digits
