@@ -1,0 +1,6 @@
+"""Floor 4: the models that are trained."""
+
+from coterie.models.decoder import Decoder, DecoderConfig, DecoderOutput
+from coterie.models.initialise import initialise
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "initialise"]

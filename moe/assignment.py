@@ -1,0 +1,53 @@
+"""One format for every router's decision: which rows go to which expert, with which weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A rows sent to E experts, sorted by expert, then by token.
+
+    Token choice, expert choice, modality groups, capacity with drops: all are an ``Assignment``,
+    so every router works with every exchange. A token may appear in 0, 1 or many rows.
+    """
+
+    token_A: Tensor
+    """int64: the token of each row."""
+    expert_A: Tensor
+    """int64, non-decreasing: the (global) expert of each row."""
+    weight_A: Tensor
+    """float: the combine weight; carries the router's gradient."""
+    load_E: Tensor
+    """int64: rows for each (global) expert; sums to A."""
+
+
+def from_choices(
+    expert_TK: Tensor, weight_TK: Tensor, num_experts: int, keep_TK: Tensor | None = None
+) -> Assignment:
+    """The assignment in which token t goes to its K chosen experts.
+
+    ``expert_TK`` int64, ``weight_TK`` float, ``keep_TK`` bool: choices not kept (padding, over
+    capacity) become no row. Without ``keep_TK`` nothing here waits for the device.
+    """
+    choices = expert_TK.shape[1]
+    expert_flat = expert_TK.flatten()
+    # flat order is by token, so a stable sort by expert sorts by (expert, token)
+    order_A = expert_flat.argsort(stable=True)
+    if keep_TK is not None:
+        order_A = order_A[keep_TK.flatten()[order_A]]
+    expert_A = expert_flat[order_A]
+    return Assignment(
+        token_A=order_A // choices,
+        expert_A=expert_A,
+        weight_A=weight_TK.flatten()[order_A],
+        load_E=count(expert_A, num_experts),
+    )
+
+
+def count(expert_A: Tensor, num_experts: int) -> Tensor:
+    """int64 rows for each expert, (E,); unlike ``bincount`` it never waits for a CUDA device."""
+    load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_A.device)
+    return load_E.scatter_add_(0, expert_A, torch.ones_like(expert_A))

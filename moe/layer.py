@@ -1,0 +1,81 @@
+"""The mixture-of-experts layer: a router, experts, shared experts, and the exchange between."""
+
+from typing import NamedTuple, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from coterie.comm.exchange.base import Exchange
+from coterie.comm.exchange.local import LocalExchange
+from coterie.core.config import Config
+from coterie.moe.experts import Experts, ExpertsConfig
+from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
+from coterie.moe.routers.top_k import TopKConfig, TopKRouter
+from coterie.moe.stats import RoutingStats
+from coterie.moe.tokens import TokenInfo
+
+
+class MoEConfig(Config):
+    """A mixture-of-experts layer."""
+
+    experts: ExpertsConfig
+    """The routed experts."""
+    router: TopKConfig = TopKConfig()
+    """How tokens choose experts."""
+    shared: FeedForwardConfig | None = None
+    """Shared experts: one feed-forward layer that every token passes (n experts: n × hidden)."""
+    shared_gate: bool = False
+    """Scale the shared experts' output by sigmoid(x · w) (Qwen2-MoE)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.router.check(self.experts.count)
+        if self.shared_gate and self.shared is None:
+            raise ValueError("shared_gate needs shared experts, but shared is null")
+        return self
+
+
+class MoEOutput(NamedTuple):
+    """What a layer returns besides the activations."""
+
+    y: Tensor
+    losses: dict[str, Tensor]
+    """Scalars to add to the training loss: this rank's share, coefficients applied."""
+    stats: RoutingStats
+
+
+class MoELayer(nn.Module):
+    """Replaces a transformer's feed-forward layer.
+
+    ``exchange``: how rows reach the experts (default: all experts are on this rank).
+    ``balance_group``: the ranks whose tokens form the global micro-batch for balance losses.
+    Parameters are uninitialised until :func:`coterie.models.initialise.initialise`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: MoEConfig,
+        exchange: Exchange | None = None,
+        balance_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.exchange: Exchange = exchange or LocalExchange()
+        self.router = TopKRouter(width, config.experts.count, config.router, balance_group)
+        self.experts = Experts(width, config.experts, self.exchange.rank, self.exchange.ranks)
+        self.shared = FeedForward(width, config.shared) if config.shared else None
+        self.shared_gate_D = nn.Parameter(torch.empty(width)) if config.shared_gate else None
+
+    def forward(self, x: Tensor, info: TokenInfo | None = None) -> MoEOutput:
+        """``x``: (..., D), flattened to T tokens in the order of ``info``'s tensors."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        assignment, losses, stats = self.router(x_TD, info or TokenInfo())
+        y_TD = self.exchange(x_TD, assignment, self.experts)
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate_D is not None:
+                shared_TD = shared_TD * (x_TD @ self.shared_gate_D).sigmoid()[:, None]
+            y_TD = y_TD + shared_TD
+        return MoEOutput(y_TD.view_as(x), losses, stats)

@@ -1,0 +1,169 @@
+"""Token-choice top-k routing: Switch, GShard-like, Mixtral, Qwen3-MoE, DeepSeek-V3 scores."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from coterie.core.config import Config
+from coterie.core.random import uniform
+from coterie.moe.assignment import Assignment, count, from_choices
+from coterie.moe.losses import global_counts, switch_balance, z_loss
+from coterie.moe.routers.base import Router, Routing
+from coterie.moe.routers.capacity import within_capacity
+from coterie.moe.stats import RoutingStats
+from coterie.moe.tokens import TokenInfo
+
+
+class TopKConfig(Config):
+    """Each token chooses the k experts with the highest scores."""
+
+    kind: Literal["top_k"] = "top_k"
+    """Which router."""
+    k: int = Field(default=2, ge=1)
+    """Experts for each token."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Scores from logits: softmax over the experts, or an independent sigmoid for each."""
+    renormalise: bool = True
+    """Divide the k chosen scores by their sum."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on the combine weights (DeepSeek-V3: routed_scaling_factor)."""
+    groups: int = Field(default=1, ge=1)
+    """Experts in this many equal groups; a token chooses inside its best `top_groups` of them."""
+    top_groups: int = Field(default=1, ge=1)
+    """Groups a token may choose from (DeepSeek-V3: topk_group)."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """Rows an expert takes from a sequence, as a multiple of the even share; null: no limit."""
+    drop: Literal["position", "score"] = "position"
+    """Of rows over capacity, keep those first in the sequence, or those with the highest score."""
+    balance_loss: float = Field(default=0.01, ge=0)
+    """Coefficient of the Switch balance loss."""
+    z_loss: float = Field(default=1e-3, ge=0)
+    """Coefficient of the router z-loss."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """In training, multiply the router's input by noise uniform in [1 - jitter, 1 + jitter)."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> "TopKConfig":
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups {self.top_groups} must be at most groups {self.groups}")
+        return self
+
+    def check(self, num_experts: int) -> None:
+        """Raise ``ValueError`` when ``num_experts`` experts cannot be routed like this."""
+        if num_experts % self.groups:
+            raise ValueError(f"{num_experts} experts do not divide into {self.groups} groups")
+        eligible = num_experts // self.groups * self.top_groups
+        if self.k > eligible:
+            raise ValueError(f"k {self.k} exceeds the {eligible} experts a token may choose from")
+        if self.groups > 1 and num_experts // self.groups < 2:
+            raise ValueError(
+                f"groups are ranked by their two best experts, but {num_experts} experts in "
+                f"{self.groups} groups leave one for each"
+            )
+
+
+class TopKRouter(Router):
+    """Logits x·W, scores, the k best experts of each token.
+
+    ``group``: the ranks whose tokens make up the global micro-batch; the balance statistics are
+    counted over them.
+    """
+
+    def __init__(
+        self, width: int, num_experts: int, config: TopKConfig, group: ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        config.check(num_experts)
+        self.config = config
+        self.group = group
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
+        config = self.config
+        # autocast would round the logits to half precision, and near-ties would change experts
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self._logits(x_TD, info)
+            score_TE = logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
+            expert_TK = self._eligible(score_TE.detach()).topk(config.k, dim=-1).indices
+            weight_TK = score_TE.gather(1, expert_TK)
+            if config.renormalise:
+                weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+            weight_TK = weight_TK * config.scale
+
+            chosen_TK = keep_TK = None
+            if info.padding_T is not None:
+                chosen_TK = keep_TK = (~info.padding_T)[:, None].expand_as(expert_TK)
+            if config.capacity_factor is not None:
+                keep_TK = within_capacity(
+                    expert_TK,
+                    weight_TK.detach(),
+                    None if info.padding_T is None else ~info.padding_T,
+                    info.sequence_T,
+                    self.num_experts,
+                    config.capacity_factor,
+                    by_score=config.drop == "score",
+                )
+            assignment = from_choices(expert_TK, weight_TK, self.num_experts, keep_TK)
+            chosen_E = assignment.load_E
+            if config.capacity_factor is not None:
+                chosen = expert_TK.flatten() if chosen_TK is None else expert_TK[chosen_TK]
+                chosen_E = count(chosen, self.num_experts)
+            return self._with_losses(assignment, chosen_E, logits_TE, score_TE, info)
+
+    def _logits(self, x_TD: Tensor, info: TokenInfo) -> Tensor:
+        x_TD = x_TD.to(self.weight.dtype)
+        if self.training and self.config.jitter and info.key_T is not None:
+            noise_TD = uniform(info.key_T, x_TD.shape[1], double=x_TD.dtype == torch.float64)
+            x_TD = x_TD * (1 + self.config.jitter * (2 * noise_TD - 1))
+        return x_TD @ self.weight.t()
+
+    def _eligible(self, score_TE: Tensor) -> Tensor:
+        """Scores with the experts outside a token's best groups set to zero.
+
+        A group is as good as its two best scores together (DeepSeek-V3, arXiv 2412.19437).
+        """
+        config = self.config
+        if config.groups == config.top_groups:
+            return score_TE
+        score_TGE = score_TE.unflatten(1, (config.groups, -1))
+        best_TG = score_TGE.topk(2, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
+        open_TG = torch.zeros_like(score_TGE[..., 0], dtype=torch.bool).scatter_(1, best_TG, True)
+        return score_TGE.masked_fill(~open_TG[..., None], 0.0).flatten(1)
+
+    def _with_losses(
+        self,
+        assignment: Assignment,
+        chosen_E: Tensor,
+        logits_TE: Tensor,
+        score_TE: Tensor,
+        info: TokenInfo,
+    ) -> Routing:
+        config, padding_T = self.config, info.padding_T
+        prob_TE = score_TE
+        if config.score == "sigmoid":
+            prob_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
+        if padding_T is not None:
+            prob_TE = prob_TE.masked_fill(padding_T[:, None], 0.0)
+            tokens = (~padding_T).sum()
+        else:
+            tokens = torch.full((), prob_TE.shape[0], dtype=torch.int64, device=prob_TE.device)
+
+        losses: dict[str, Tensor] = {}
+        if self.training and (config.balance_loss or config.z_loss):
+            load_total_E, tokens_total = global_counts(chosen_E, tokens, self.group)
+            if config.balance_loss:
+                balance = switch_balance(prob_TE, load_total_E, tokens_total, config.k)
+                losses["balance"] = config.balance_loss * balance
+            if config.z_loss:
+                losses["z"] = config.z_loss * z_loss(logits_TE, padding_T, tokens_total)
+        stats = RoutingStats(
+            load_E=assignment.load_E,
+            dropped_E=chosen_E - assignment.load_E,
+            tokens=tokens,
+            entropy=torch.special.entr(prob_TE.detach()).sum(),
+        )
+        return Routing(assignment, losses, stats)

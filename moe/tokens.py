@@ -1,0 +1,23 @@
+"""What a router may know of each token besides its activation."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """Facts about the T tokens of a micro-batch, each optional; passed explicitly all the way down.
+
+    (A side channel would be wrong under pipelining and recompute.)
+    """
+
+    modality_T: Tensor | None = None
+    """int64 modality id of each token."""
+    padding_T: Tensor | None = None
+    """bool: True for padding, which is neither routed nor counted."""
+    sequence_T: Tensor | None = None
+    """int64 in 0..B-1, non-decreasing: the sequence of each token; capacity is counted in each."""
+    key_T: Tensor | None = None
+    """int64 random key of each token, from (seed, step, sample, position): the same in every
+    layout and in a recompute. Absent: routing is without noise (evaluation)."""
