@@ -1,0 +1,37 @@
+"""A run's config: the tree of its components' configs, and the rules that join them."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from coterie.core.config import Config
+from coterie.data import DataConfig
+from coterie.models import DecoderConfig
+from coterie.parallel.checkpoint import CheckpointConfig
+from coterie.parallel.config import EvaluationConfig, MonitorConfig, TrainConfig
+from coterie.parallel.layout import LayoutConfig
+from coterie.parallel.optimizer import OptimizerConfig
+
+
+class RunConfig(Config):
+    """Everything a training run depends on."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    """The run's folder under `runs/`, unless one is given on the command line."""
+    model: DecoderConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: LayoutConfig = LayoutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.optimizer.warmup > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup {self.optimizer.warmup} must be at most "
+                f"train.steps {self.train.steps}"
+            )
+        return self

@@ -1,0 +1,63 @@
+"""Settings of the training loop."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from coterie.core.config import Config
+
+Precision = Literal["auto", "fp32", "bf16", "fp64"]
+
+
+class TrainConfig(Config):
+    """The training loop."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch: int = Field(ge=1)
+    """Sequences in a step, over all ranks."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches that a step is split into. With `global_batch` it fixes the numbers; the number
+    of ranks does not change them."""
+    precision: Precision = "auto"
+    """bf16: matrix products in bfloat16 (autocast), weights in float32. auto: bf16 on CUDA, fp32
+    on a CPU."""
+    recompute: bool = False
+    """Keep only each block's input, and compute it again in the backward pass."""
+    seed: int = Field(default=0, ge=0)
+    """Of weights, sample order and routing noise."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds that a rank waits for another in a collective before the run ends with an error."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.global_batch % self.accumulation:
+            raise ValueError(
+                f"global_batch {self.global_batch} must be a multiple of "
+                f"accumulation {self.accumulation}"
+            )
+        return self
+
+
+class EvaluationConfig(Config):
+    """Evaluation on held-out data during training."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only after the last step."""
+    sequences: int | None = Field(default=None, ge=1)
+    """Held-out sequences to use; null: all."""
+    batch: int = Field(default=32, ge=1)
+    """Sequences at once, over all ranks."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to continue after each evaluation; their images go to TensorBoard."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Of sampling; 0 takes the most likely token."""
+
+
+class MonitorConfig(Config):
+    """What a run reports."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl and points of TensorBoard."""
+    heat_map_every: int = Field(default=100, ge=1)
+    """Steps between layer × expert heat maps in TensorBoard."""
