@@ -1,4 +1,4 @@
-"""Real processes for tests: ``run_ranks(2, function, …)`` runs ``function(rank, …)`` on two gloo ranks.
+"""Real processes for tests: ``run_ranks(2, function, …)`` runs ``function(rank, …)`` on gloo ranks.
 
 The processes come from a fork server that has torch imported already, so a group starts in a
 fraction of a second. A rank that fails, dies or hangs ends the test with that rank's output and,
@@ -26,11 +26,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 class RankFailure(AssertionError):
-    """A rank raised, died or did not finish in time; the message holds what every rank had to say."""
+    """A rank raised, died or did not finish; the message holds what every rank had to say."""
 
 
 class Ranks:
-    """``world`` processes running ``function(rank, *args)`` in one gloo group, for a ``with`` block.
+    """``world`` processes running ``function(rank, *args)`` in one gloo group; a context manager.
 
     ``function`` must be importable (defined at the top level of a test module); it, ``args`` and
     what it returns are pickled. Leaving the block kills whatever still runs.

@@ -1,0 +1,336 @@
+"""Checkpoints: saved in the background while training goes on, loaded on any layout.
+
+A checkpoint holds tensors (weights, optimizer moments: names to tensors or DTensors) and one JSON
+state (step, sampler, config, …). A kill at any moment costs no checkpoint that was complete; every
+byte is under a checksum; reading executes nothing from the files.
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from coterie.core.config import Config
+from coterie.core.errors import UserError, nearest
+from coterie.parallel.checkpoint_format import (
+    STATE,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    damaged,
+    find_damage,
+    latest,
+    list_checkpoints,
+    read_manifest,
+    read_state,
+    verify,
+)
+from coterie.parallel.checkpoint_store import (
+    RunLock,
+    partial_path,
+    publish,
+    recover,
+    retire,
+    write_file,
+    write_manifest,
+)
+from coterie.parallel.checkpoint_tensors import (
+    DTYPES,
+    Staged,
+    StagedPlanner,
+    Stager,
+    TensorReader,
+    TensorWriter,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Checkpointer",
+    "latest",
+    "list_checkpoints",
+    "load_tensors",
+    "read_manifest",
+    "read_state",
+    "verify",
+]
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written, and how many stay."""
+
+    every: int = Field(default=100, ge=0)
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: int = Field(default=3, ge=1)
+    """Newest complete checkpoints that stay; older ones are deleted."""
+    asynchronous: bool = True
+    """Write in the background. Costs CPU memory for a second copy of what a rank holds."""
+
+
+class Checkpointer:
+    """Saves the checkpoints of one run into a folder; every rank of ``group`` makes one.
+
+    Making it locks the folder for this run and clears what a killed run left half done, so make it
+    before asking for the :func:`latest` checkpoint. One per folder in a process.
+    """
+
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, group: ProcessGroup | None = None
+    ) -> None:
+        """``group``: a gloo group of its own over the ranks that save (None: this process alone).
+
+        A background save talks over it while training talks over others.
+
+        Raises:
+            UserError: the folder cannot be written, or another live run writes to it.
+        """
+        self.folder = folder
+        self.config = config
+        self._group = group
+        self._rank = _rank(group)
+        self._lock: RunLock | None = None
+        self._token: str = _on_rank_zero(group, self._open)
+        self._stager = Stager()
+        self._step = 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after ``step`` finished steps."""
+        return self.config.every > 0 and step % self.config.every == 0
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy everything, then write it in the background; every rank calls.
+
+        Waits first for a save still under way. On return the tensors may be overwritten. A tensor
+        that is not a DTensor is the same on all ranks that have it; ranks may have different names
+        (pipeline stages). ``state`` is plain JSON; rank 0's is written.
+
+        Raises:
+            UserError: the previous save failed for want of space or permission; all ranks raise.
+            ValueError: ``state`` is not plain JSON, or a tensor cannot be saved.
+        """
+        self.wait()
+        text = json.dumps(state, allow_nan=False)
+        if json.loads(text) != state:
+            raise ValueError("state must be plain JSON: string keys, lists, numbers, strings")
+        staged = self._stager.stage(tensors)
+        self._step = step
+        if not self.config.asynchronous:
+            self._run(step, staged, text)
+            self.wait()
+            return
+        self._thread = threading.Thread(
+            target=self._run, args=(step, staged, text), name=f"checkpoint {step}", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any.
+
+        Raises:
+            UserError: it failed for want of space or permission; all ranks raise.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._explain(error) from error
+
+    def close(self) -> None:
+        """Wait, and unlock the folder. Raises as :meth:`wait`."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _open(self) -> str:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.folder)
+            recover(self.folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write checkpoints to {self.folder}: {error.strerror}"
+            ) from error
+        return token_hex(4)
+
+    def _run(self, step: int, staged: Staged, state: str) -> None:
+        partial = partial_path(self.folder, step, self._token)
+
+        def finish(files: dict[str, FileEntry], tensors: dict[str, TensorEntry]) -> None:
+            files = {**files, STATE: write_file(partial / STATE, state.encode())}
+            world = 1 if self._group is None else dist.get_world_size(self._group)
+            manifest = Manifest(
+                step=step, world_size=world, versions=_versions(), files=files, tensors=tensors
+            )
+            write_manifest(partial, manifest)
+            publish(partial)
+            try:
+                retire(self.folder, newest=step, keep=self.config.keep)
+            except OSError as error:
+                raise UserError(
+                    f"cannot delete old checkpoints in {self.folder}: {error.strerror}"
+                ) from error
+
+        try:
+            dcp.save(
+                {},
+                storage_writer=TensorWriter(partial, self._rank, finish),
+                planner=StagedPlanner(staged),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except BaseException as error:  # DCP's own is not an Exception
+            self._error = error
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # gives the space back
+
+    def _explain(self, error: BaseException) -> Exception:
+        rank, cause = _first_failure(error)
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(cause, OSError):
+            last = latest(self.folder)
+            intact = f"the last complete one is {last}" if last else "there is no earlier one"
+            return UserError(
+                f"the checkpoint of step {self._step} could not be written to {self.folder} "
+                f"(rank {rank}: {cause.strerror or cause}); {intact}"
+            )
+        return RuntimeError(
+            f"saving the checkpoint of step {self._step} failed on rank {rank}: {cause}"
+        )
+
+
+def load_tensors(
+    path: Path, into: dict[str, Tensor], group: ProcessGroup | None = None, *, strict: bool = True
+) -> None:
+    """Check the checkpoint at ``path`` and load it into tensors in place; every rank of ``group``.
+
+    ``into`` maps names to tensors or DTensors, sharded in any way. Together the ranks must ask for
+    every tensor of the checkpoint; with ``strict=False`` they may ask for some only (weights
+    without optimizer). Nothing is written to the tensors unless all is in order.
+
+    Raises:
+        UserError: on all ranks: it is damaged, lacks a tensor, holds one that no rank asks for, or
+            one of another shape or dtype.
+    """
+    error: str | None = None
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(path)
+        share = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        if reason := find_damage(path, *share):
+            raise damaged(path, reason)
+        _check_match(path, manifest, into)
+    except UserError as refusal:
+        error = str(refusal)
+    answers = _gather(group, (error, list(into)))
+    for problem, _ in answers:
+        if problem is not None:
+            raise UserError(problem)
+    assert manifest is not None
+    asked = {name for _, names in answers for name in names}
+    for name in manifest.tensors:
+        if strict and name not in asked:
+            raise UserError(
+                f"checkpoint {path} holds tensor {name!r}, which this run does not have"
+                f"{nearest(name, asked)}"
+            )
+    try:
+        dcp.load(
+            dict(into),
+            storage_reader=TensorReader(path, manifest),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as failure:
+        rank, cause = _first_failure(failure)
+        if isinstance(cause, SafetensorError | AssertionError | OSError):
+            raise damaged(path, f"its files are not what {path.name} lists ({cause})") from failure
+        raise RuntimeError(f"loading checkpoint {path} failed on rank {rank}") from failure
+
+
+def _check_match(path: Path, manifest: Manifest, into: dict[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        entry = manifest.tensors.get(name)
+        if entry is None:
+            raise UserError(
+                f"checkpoint {path} has no tensor {name!r}{nearest(name, manifest.tensors)}"
+            )
+        if entry.shape != list(tensor.shape):
+            raise UserError(
+                f"tensor {name!r} has shape {entry.shape} in checkpoint {path} "
+                f"and {list(tensor.shape)} in this run"
+            )
+        if DTYPES.get(entry.dtype) != tensor.dtype:
+            raise UserError(
+                f"tensor {name!r} is {entry.dtype} in checkpoint {path} "
+                f"and {str(tensor.dtype).removeprefix('torch.')} in this run"
+            )
+
+
+def _first_failure(error: BaseException) -> tuple[int, BaseException]:
+    """The lowest rank that failed, and its exception."""
+    if isinstance(error, CheckpointException):
+        rank = min(error.failures)
+        return rank, error.failures[rank][0]
+    return -1, error
+
+
+def _versions() -> dict[str, str]:
+    try:
+        coterie = importlib.metadata.version("coterie")
+    except importlib.metadata.PackageNotFoundError:
+        coterie = "not installed: run from a checkout"
+    return {"coterie": coterie, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _gather(group: ProcessGroup | None, value: Any) -> list[Any]:
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _on_rank_zero(group: ProcessGroup | None, function: Callable[[], str]) -> str:
+    """What ``function`` returns on rank 0, or the exception it raises there, on all ranks."""
+    answer: list[Any] = [None]
+    if _rank(group) == 0:
+        try:
+            answer = [function()]
+        except Exception as error:
+            answer = [error]
+    if group is not None:
+        dist.broadcast_object_list(answer, group_src=0, group=group)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return str(answer[0])
