@@ -51,10 +51,11 @@ def _read(file: Path) -> str:
 
 
 def sections(documents: Iterable[Document], limit: int = 2048) -> list[Document]:
-    """Documents regrouped into runs of paragraphs of about ``limit`` bytes, repetitions removed.
+    """Documents regrouped into runs of paragraphs, repetitions removed.
 
-    A paragraph that occurred before, in this document or another, is dropped: Python's topics
-    quote each other at length, so that without this held-out text would also be trained on.
+    A run is at most ``limit`` bytes, or one longer paragraph. A paragraph that occurred before, in
+    this document or another, is dropped: Python's topics quote each other at length, so that
+    without this held-out text would also be trained on.
     """
     seen: set[str] = set()
     found: list[Document] = []
@@ -66,10 +67,11 @@ def sections(documents: Iterable[Document], limit: int = 2048) -> list[Document]
             if words in seen:
                 continue
             seen.add(words)
-            room -= len(paragraph.encode()) + 2
+            cost = len(paragraph.encode()) + 2
+            room -= cost
             if room < 0:
                 runs.append([])
-                room = limit
+                room = limit - cost
             runs[-1].append(paragraph)
         found += [Document(f"{name} #{n}", "\n\n".join(run)) for n, run in enumerate(runs)]
     return found
