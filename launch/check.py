@@ -1,0 +1,95 @@
+"""Rules that join a config with the number of processes, the dataset and the run's folder.
+
+All are checked before any process is started.
+"""
+
+from pathlib import Path
+
+from coterie.core.errors import UserError
+from coterie.data.manifest import read_manifest
+from coterie.data.vocabulary import Vocabulary
+from coterie.launch.config import RunConfig
+from coterie.parallel.layout import layout_of
+
+CONFIG = "config.yaml"
+"""The resolved config in a run's folder."""
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """Raises UserError when ``world`` processes cannot run ``config``."""
+    moe = config.model.moe
+    layout_of(config.parallel, world, moe.experts.count if moe else None)
+    train, batch = config.train, config.evaluation.batch
+    if train.global_batch % (train.accumulation * world):
+        raise UserError(
+            f"train.global_batch is {train.global_batch}, but must be a multiple of "
+            f"train.accumulation {train.accumulation} × {world} processes: use "
+            f"{_multiple_near(train.global_batch, train.accumulation * world)}"
+        )
+    if batch % world:
+        raise UserError(
+            f"evaluation.batch is {batch}, but must be a multiple of {world} processes: use "
+            f"{_multiple_near(batch, world)}"
+        )
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises UserError when the dataset is missing or does not fit the model.
+
+    A vocabulary larger than the data's is accepted: its other ids stay untrained.
+    """
+    if config.data.path is None:
+        where, size = "the built-in corpus", Vocabulary().size
+    else:
+        manifest = read_manifest(Path(config.data.path))
+        where, size = config.data.path, manifest.vocabulary.size
+        if manifest.sequence != config.data.sequence:
+            raise UserError(
+                f"data.sequence is {config.data.sequence}, but {where} is packed to sequences of "
+                f"{manifest.sequence} tokens: set data.sequence={manifest.sequence}, or build it "
+                "again"
+            )
+    if config.model.vocabulary < size:
+        raise UserError(
+            f"model.vocabulary is {config.model.vocabulary}, but {where} has {size} token ids: "
+            f"set model.vocabulary={size}, or more"
+        )
+
+
+def check_fresh(run_dir: Path) -> None:
+    """Raises UserError when ``run_dir`` cannot take a new run."""
+    if (run_dir / CONFIG).exists():
+        raise UserError(
+            f"{run_dir}: holds a run already; go on with it by 'coterie resume {run_dir}', or "
+            "give another --run-dir"
+        )
+    for folder in (run_dir, *run_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, so it cannot hold a run; give another --run-dir")
+
+
+def saved_config(run_dir: Path) -> Path:
+    """The config file of the run in ``run_dir``; raises UserError when there is no run."""
+    file = run_dir / CONFIG
+    if file.is_file():
+        return file
+    if not run_dir.exists():
+        raise UserError(f"{run_dir}: there is no such run{_runs_near(run_dir)}")
+    what = "is a file" if not run_dir.is_dir() else f"holds no {CONFIG}"
+    raise UserError(f"{run_dir}: {what}, so it is no run of 'coterie train'{_runs_near(run_dir)}")
+
+
+def _runs_near(run_dir: Path) -> str:
+    """Where runs are, beside or below ``run_dir``."""
+    found = [
+        str(file.parent)
+        for folder in (run_dir.parent, run_dir, Path("runs"))
+        if folder.is_dir()
+        for file in sorted(folder.glob(f"*/{CONFIG}"))
+    ]
+    return f"; there are runs in {', '.join(dict.fromkeys(found[:3]))}" if found else ""
+
+
+def _multiple_near(number: int, factor: int) -> str:
+    below = number // factor * factor
+    return f"{below} or {below + factor}" if below else str(factor)

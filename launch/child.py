@@ -1,0 +1,53 @@
+"""A rank that :mod:`coterie.launch.processes` started: its ties to the parent.
+
+It dies with the parent, and tells the parent why it fails, so that an error that all ranks meet is
+shown once. The terminal's Ctrl-C goes to the parent, which passes it on once.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+
+from coterie.core.errors import UserError
+
+PARENT, REPORTS = "COTERIE_PARENT", "COTERIE_REPORTS"
+"""Environment: the parent's process id, and the descriptor of the socket for reports."""
+
+_PR_SET_PDEATHSIG = 1
+_LONGEST = 60_000  # bytes; below what a datagram can hold
+
+
+def attach() -> None:
+    """Tie this process to its parent; without effect in a process that is no such rank."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked until Python was ready
+
+
+def report(error: BaseException) -> bool:
+    """Tell the parent of ``error``; False when there is none to tell."""
+    descriptor = os.environ.get(REPORTS)
+    if descriptor is None:
+        return False
+    mistake = isinstance(error, UserError)
+    text = str(error) if mistake else "".join(traceback.format_exception(error))
+    message = {
+        "rank": int(os.environ["RANK"]),
+        "mistake": mistake,
+        "text": text[-_LONGEST // 4 :],
+    }
+    with socket.socket(fileno=os.dup(int(descriptor))) as reports:
+        try:
+            reports.send(json.dumps(message, ensure_ascii=False).encode())
+        except OSError:  # the parent is gone, and so are we soon
+            return False
+    return True
