@@ -19,8 +19,10 @@ from coterie.data import writer as writer_module
 from coterie.data.build import Built, build_digits, build_directory, prepare, recipe_key
 from coterie.data.config import DataConfig
 from coterie.data.digits import split_digits
+from coterie.data.documents import interleave
 from coterie.data.images import read_image, to_grey
 from coterie.data.shards import open_dataset
+from coterie.data.vocabulary import Vocabulary
 
 SMALL = DataConfig(documents=60, sequence=160, sources=0.25)
 
@@ -66,8 +68,19 @@ def test_held_out_digits_are_not_trained_on(corpus: Path) -> None:
         pieces = [piece for row in rows for piece in dataset.vocabulary.decode(row)]
         return {piece.tobytes() for piece in pieces if isinstance(piece, np.ndarray)}
 
+    train, held = split_digits(SMALL.held_out)
     assert len(images("held_out")) == 6
+    assert images("held_out") <= {image.tobytes() for image in held.image_NHW}
+    assert images("train") <= {image.tobytes() for image in train.image_NHW}
     assert not images("train") & images("held_out")
+
+
+def test_documents_begin_with_image_or_text_at_random() -> None:
+    vocabulary = Vocabulary()
+    image, text = np.array([vocabulary.boi]), np.array([65])
+    documents = interleave([image] * 100, [text] * 100, 100, vocabulary, "key")
+    firsts = [document[0] for document in documents]
+    assert 30 < sum(first == 65 for first in firsts) < 70
 
 
 def test_about_half_of_the_default_corpus_is_images(tmp_path: Path) -> None:
@@ -229,6 +242,26 @@ def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty: holds no text file or image \(accepted: .*\.txt"):
         _build(tmp_path / "empty", out)
     assert not out.exists()
+
+
+def test_a_failed_replacement_keeps_the_old_dataset(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    old = _build(source, out).manifest.fingerprint
+    rename = Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if ".building-" in path.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    (source / "more.txt").write_text("more")
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(UserError, match="out: cannot be written: Input/output error"):
+        _build(source, out, replace=True)
+    assert open_dataset(out).fingerprint == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_what_exists_is_not_overwritten(source: Path, tmp_path: Path) -> None:

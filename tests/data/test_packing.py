@@ -47,8 +47,8 @@ def test_padding_is_exact_and_at_the_end(lengths: list[int], capacity: int) -> N
 
 
 def test_best_fit_takes_the_tightest_gap() -> None:
-    # longest first: 7, 6, then 4 into the gap of 4, then 3 into the gap of 3
-    assert [[p.document for p in row] for row in plan([6, 4, 7, 3], 10)] == [[0, 1], [2, 3]]
+    # longest first: 7 and 6 leave gaps of 3 and 4; 3 goes where it leaves nothing
+    assert [[p.document for p in row] for row in plan([6, 7, 3], 10)] == [[0], [1, 2]]
 
 
 def test_nothing_packs_to_nothing() -> None:

@@ -37,6 +37,13 @@ def test_slices_are_those_of_one_stream(size: int, counts: list[int]) -> None:
 def test_epochs_and_seeds_differ() -> None:
     orders = [tuple(permutation(50, "rows", seed, epoch)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
+    stream = shuffled(50, 0, 100, "rows")
+    assert stream[:50].tolist() != stream[50:].tolist()
+
+
+def test_the_seed_decides_the_batches() -> None:
+    batches = [Sampler(_memory(50), 50, seed).batch_indices(0).tolist() for seed in (0, 0, 1)]
+    assert batches[0] == batches[1] != batches[2]
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
