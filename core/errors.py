@@ -1,4 +1,4 @@
-"""Mistakes of the user: one sentence each, exit code 2. Everything else is ours: a traceback, exit code 1."""
+"""Mistakes of the user: one sentence each, exit code 2. All else is ours: exit code 1."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

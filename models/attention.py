@@ -23,6 +23,9 @@ class AttentionConfig(Config):
     """Base of the rotary position frequencies."""
     qk_norm: bool = False
     """RMS-normalise each head's query and key (Qwen3)."""
+    within_documents: bool = False
+    """Attend only inside a document of a packed sequence. Costs a B × S × S mask; without it a
+    token also sees the documents packed before its own."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -41,6 +44,7 @@ class Attention(nn.Module):
         self.head_width = config.head_width or width // config.heads
         kv_heads = config.kv_heads or config.heads
         self.theta = config.rope_theta
+        self.within_documents = config.within_documents
         self.grouped = kv_heads != config.heads
         self.q = nn.Linear(width, config.heads * self.head_width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
@@ -49,15 +53,23 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_width) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_width) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) → (B, S, D)."""
+    def forward(self, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
+        """(B, S, D) → (B, S, D). ``document_BS``: int64, used with ``within_documents``."""
         heads = (-1, self.head_width)
         q_BHSd = self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         k_BHSd = self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         v_BHSd = self.v(x_BSD).unflatten(-1, heads).transpose(1, 2)
         q_BHSd, k_BHSd = rotate(q_BHSd, self.theta), rotate(k_BHSd, self.theta)
+        mask_B1SS = None
+        if self.within_documents and document_BS is not None:
+            mask_B1SS = (document_BS[:, None, :, None] == document_BS[:, None, None, :]).tril()
         y_BHSd = F.scaled_dot_product_attention(
-            q_BHSd, k_BHSd, v_BHSd, is_causal=True, enable_gqa=self.grouped
+            q_BHSd,
+            k_BHSd,
+            v_BHSd,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
+            enable_gqa=self.grouped,
         )
         return self.out(y_BHSd.transpose(1, 2).flatten(2))
 

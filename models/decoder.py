@@ -105,7 +105,8 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, info: TokenInfo
     ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        document_BS = None if info.document_T is None else info.document_T.view(x_BSD.shape[:2])
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
             return x_BSD + self.feed_forward(normed_BSD), {}, None

@@ -29,7 +29,8 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
                 _draw(module.w_in_DH, width**-0.5, seed, f"{prefix}.w_in_DH")
                 _draw(module.w_out_FD, hidden**-0.5 * damping, seed, f"{prefix}.w_out_FD")
             case Attention():
-                _draw(module.out.weight, _fan_in(module.out) * damping, seed, f"{prefix}.out.weight")
+                out = module.out
+                _draw(out.weight, _fan_in(out) * damping, seed, f"{prefix}.out.weight")
                 for name in ("q", "k", "v"):
                     linear = getattr(module, name)
                     _draw(linear.weight, _fan_in(linear), seed, f"{prefix}.{name}.weight")

@@ -18,6 +18,8 @@ class TokenInfo:
     """bool: True for padding, which is neither routed nor counted."""
     sequence_T: Tensor | None = None
     """int64 in 0..B-1, non-decreasing: the sequence of each token; capacity is counted in each."""
+    document_T: Tensor | None = None
+    """int64: the document of each token inside its sequence; attention may be kept inside it."""
     key_T: Tensor | None = None
     """int64 random key of each token, from (seed, step, sample, position): the same in every
     layout and in a recompute. Absent: routing is without noise (evaluation)."""

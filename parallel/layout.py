@@ -41,7 +41,7 @@ def layout_of(config: LayoutConfig, world: int, num_experts: int | None) -> Layo
     if num_experts is not None and num_experts % config.ep:
         fitting = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
         raise UserError(
-            f"parallel.ep is {config.ep}, but model.moe.experts.count {num_experts} does not divide "
-            f"by it: use ep from {fitting}"
+            f"parallel.ep is {config.ep}, but model.moe.experts.count {num_experts} does not "
+            f"divide by it: use ep from {fitting}"
         )
     return Layout(world, config.ep)

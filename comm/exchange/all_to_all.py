@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from coterie.comm.exchange.base import ExpertFunction, Rows
-from coterie.csrc.permute import invert, permute
+from coterie.csrc.inverse import invert
+from coterie.csrc.permute import permute
 from coterie.csrc.unpermute import unpermute
 
 

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from coterie.comm.exchange.base import ExpertFunction, Rows
-from coterie.csrc.permute import invert, permute
+from coterie.csrc.inverse import invert
+from coterie.csrc.permute import permute
 from coterie.csrc.unpermute import unpermute
 
 

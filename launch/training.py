@@ -1,0 +1,192 @@
+"""`coterie train` and `coterie resume`, on every rank."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from coterie.core.errors import UserError
+from coterie.data import Sampler, TokenDataset
+from coterie.launch.assemble import build_model, join, open_data
+from coterie.launch.config import RunConfig
+from coterie.launch.images import image_drawer
+from coterie.models import Decoder
+from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
+from coterie.parallel.checkpoint_format import step_of
+from coterie.parallel.distributed import Ranks, stop, world_from_environment
+from coterie.parallel.gradients import expert_parameters
+from coterie.parallel.monitors import JsonLines, Monitor, TensorBoard, Terminal
+from coterie.parallel.precision import bf16_slowdown, resolve
+from coterie.parallel.trainer import Outcome, Trainer
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+_SLOW = 4.0  # times slower than fp32: worth a warning
+
+
+def train(config: RunConfig, run_dir: Path) -> Outcome:
+    """Train ``config`` into ``run_dir``, which must not hold a run yet."""
+    return _run(config, run_dir, fresh=True, step=None)
+
+
+def resume(config: RunConfig, run_dir: Path, step: int | None) -> Outcome:
+    """Go on with the run in ``run_dir``: from the checkpoint of ``step``, by default the newest;
+    from the beginning if it was ended before the first one."""
+    return _run(config, run_dir, fresh=False, step=step)
+
+
+def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Outcome:
+    _, world = world_from_environment()
+    ranks = join(config, world)
+    monitors = _monitors(config) if ranks.rank == 0 else []
+    try:
+        train_set, held_out = open_data(config.data, ranks)
+        model = build_model(config, ranks, train_set)
+        with Checkpointer(run_dir / CHECKPOINTS, config.checkpoint, ranks.control) as checkpointer:
+            if fresh and ranks.rank == 0:
+                _write_config(config, run_dir)
+            trainer = Trainer(
+                model,
+                Sampler(train_set, config.train.global_batch, config.train.seed),
+                held_out,
+                ranks,
+                config.train,
+                config.optimizer,
+                config.evaluation,
+                checkpointer,
+                _state(config, ranks),
+                monitors,
+                _drawer(config, ranks, train_set),
+            )
+            checkpoint = None if fresh else _chosen(run_dir, step, ranks)
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+            _say(monitors, _facts(config, ranks, model, train_set))
+            _say(monitors, _start(run_dir, fresh, checkpoint, trainer))
+            _warn_of_slow_bf16(config, ranks, monitors)
+            return trainer.run(run_dir)
+    finally:
+        stop()
+
+
+def _monitors(config: RunConfig) -> list[Monitor]:
+    every = config.monitor.every
+    return [Terminal(), JsonLines(every), TensorBoard(every, config.monitor.heat_map_every)]
+
+
+def _say(monitors: list[Monitor], text: str) -> None:
+    for monitor in monitors:
+        monitor.message(text)
+
+
+def _write_config(config: RunConfig, run_dir: Path) -> None:
+    path = run_dir / CONFIG
+    try:
+        with path.open("x") as file:
+            yaml.safe_dump(config.model_dump(mode="json"), file, sort_keys=False)
+    except FileExistsError:
+        raise UserError(
+            f"{run_dir} holds a run already: go on with it by `coterie resume {run_dir}`, or give "
+            "another --run-dir"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _state(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """What each checkpoint says of the run besides its numbers. Random numbers need no state: they
+    are keyed by (seed, step, sample)."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "layout": {"world": ranks.world, "ep": ranks.layout.ep},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _drawer(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> Any:
+    evaluation = config.evaluation
+    if not evaluation.prompts:
+        return None
+    return image_drawer(
+        evaluation.prompts,
+        dataset.vocabulary,
+        ranks,
+        evaluation.temperature,
+        config.train.seed,
+    )
+
+
+def _chosen(run_dir: Path, step: int | None, ranks: Ranks) -> Path | None:
+    """The checkpoint to go on from, the same on all ranks; None: none was saved yet.
+
+    Raises:
+        UserError: on all ranks: there is no checkpoint of ``step``.
+    """
+    answer: list[Path | UserError | None] = [None]
+    if ranks.rank == 0:
+        try:
+            answer = [choose_checkpoint(run_dir, step)]
+        except UserError as error:
+            answer = [error]
+    if ranks.world > 1:
+        dist.broadcast_object_list(answer, src=0, group=ranks.control)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def choose_checkpoint(run_dir: Path, step: int | None) -> Path | None:
+    """The checkpoint of ``step`` in ``run_dir``, or the newest (None when there is none).
+
+    Raises:
+        UserError: there is no checkpoint of ``step``; those there are are named.
+    """
+    folder = run_dir / CHECKPOINTS
+    if step is None:
+        return latest(folder)
+    found = list_checkpoints(folder)
+    for path in found:
+        if step_of(path) == step:
+            return path
+    steps = ", ".join(str(step_of(path)) for path in found) or "none"
+    raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}")
+
+
+def _facts(config: RunConfig, ranks: Ranks, model: Decoder, dataset: TokenDataset) -> str:
+    """One line on what is about to run."""
+    here = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for p in expert_parameters(model))
+    total = here + experts * (ranks.layout.ep - 1)
+    active = total
+    if config.model.moe is not None:
+        share = config.model.moe.router.k / config.model.moe.experts.count
+        active = here - experts + int(experts * ranks.layout.ep * share)
+    precision = resolve(config.train.precision, ranks.device)
+    return (
+        f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active for a token; "
+        f"{len(dataset):,} sequences of {dataset.sequence} tokens; {ranks.world} process"
+        f"{'es' if ranks.world > 1 else ''} (expert parallel {ranks.layout.ep}) on "
+        f"{ranks.device.type} in {precision}"
+    )
+
+
+def _start(run_dir: Path, fresh: bool, checkpoint: Path | None, trainer: Trainer) -> str:
+    if checkpoint is not None:
+        return f"{run_dir}: going on after step {trainer.step} of {trainer.train.steps}"
+    if not fresh:
+        return f"{run_dir}: no checkpoint was saved yet, starting from the beginning"
+    return f"{run_dir}: training {trainer.train.steps} steps (interrupt with Ctrl-C, then resume)"
+
+
+def _warn_of_slow_bf16(config: RunConfig, ranks: Ranks, monitors: list[Monitor]) -> None:
+    if not monitors or config.train.precision != "bf16" or ranks.device.type != "cpu":
+        return
+    if (slowdown := bf16_slowdown()) > _SLOW:
+        _say(
+            monitors,
+            f"warning: train.precision is bf16, whose matrix products are {slowdown:.0f} times "
+            "slower than fp32 on this CPU; `train.precision=auto` runs in fp32 here",
+        )

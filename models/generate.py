@@ -1,0 +1,81 @@
+"""Sampling continuations, the same for a prompt whatever it is batched with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from coterie.comm.reduce import sum_over
+from coterie.core.random import fold, fold_in, uniform
+from coterie.models.decoder import Decoder
+from coterie.moe.tokens import TokenInfo
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompts: Sequence[Tensor],
+    numbers: Sequence[int],
+    *,
+    stop: Sequence[int],
+    length: int,
+    temperature: float,
+    top_k: int | None = None,
+    seed: int = 0,
+    group: ProcessGroup | None = None,
+) -> list[Tensor]:
+    """The continuation of each prompt (int64, one-dimensional): at most ``length`` new ids, ending
+    with the first one in ``stop``.
+
+    The draws of a prompt are keyed by (seed, its number in ``numbers``, position), so splitting
+    prompts over processes changes nothing. ``temperature`` 0 takes the most likely id; ``top_k``
+    keeps the k most likely. With experts spread over ``group`` all its ranks call; each may have
+    prompts of its own, or none.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.embedding.weight.device
+    start_B = torch.tensor([len(p) for p in prompts], device=device, dtype=torch.int64)
+    tokens_BS, info_length = _padded(prompts, length, device), max(map(len, prompts), default=1)
+    length_B = start_B.clone()
+    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    keys_B = fold(torch.tensor(list(numbers), dtype=torch.int64, device=device), "sample", seed)
+    stop_K = torch.tensor(list(stop), dtype=torch.int64, device=device)
+    for new in range(length):
+        if int(sum_over((~done_B).sum(), group)) == 0:
+            break
+        seen_BS = tokens_BS[:, : info_length + new]
+        position_S = torch.arange(seen_BS.shape[1], device=device)
+        padding_T = (position_S >= length_B[:, None]).flatten()
+        logits_BSV = model(seen_BS, TokenInfo(padding_T=padding_T)).logits_BSV
+        last_BV = logits_BSV[torch.arange(len(prompts), device=device), length_B - 1]
+        next_B = _draw(last_BV.double(), fold_in(keys_B, length_B), temperature, top_k)
+        open_B = ~done_B
+        tokens_BS[open_B, length_B[open_B]] = next_B[open_B]
+        length_B += open_B
+        done_B |= torch.isin(next_B, stop_K) & open_B
+    model.train(was_training)
+    return [
+        row[begin:end]
+        for row, begin, end in zip(tokens_BS, start_B.tolist(), length_B.tolist(), strict=True)
+    ]
+
+
+def _padded(prompts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+    longest = max(map(len, prompts), default=1)
+    tokens_BS = torch.zeros(len(prompts), longest + length, dtype=torch.int64, device=device)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens_BS
+
+
+def _draw(logits_BV: Tensor, keys_B: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    if top_k is not None and top_k < logits_BV.shape[1]:
+        least_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
+    cumulative_BV = (logits_BV / temperature).softmax(-1).cumsum(-1)
+    point_B1 = uniform(keys_B, 1, double=True) * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(1)

@@ -1,0 +1,83 @@
+"""Starting the process groups of a run, on CPU with gloo and on CUDA with NCCL alike."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from coterie.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the run, and the groups it belongs to (None: a single process)."""
+
+    rank: int
+    world: int
+    device: torch.device
+    layout: Layout
+    mesh: DeviceMesh | None = None
+    """Two-dimensional: ("replica", "ep")."""
+    control: ProcessGroup | None = None
+    """gloo, all ranks: for checkpoints, which are saved in the background."""
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """All ranks: each has data of its own."""
+        return dist.group.WORLD if self.mesh is not None else None
+
+    @property
+    def expert_group(self) -> ProcessGroup | None:
+        """The ranks that share the experts."""
+        return self.mesh.get_group("ep") if self.mesh is not None else None
+
+    @property
+    def replica_group(self) -> ProcessGroup | None:
+        """The ranks that hold the same experts as this one."""
+        return self.mesh.get_group("replica") if self.mesh is not None else None
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world) as torchrun's variables say; (0, 1) without them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(layout: Layout, timeout: float) -> Ranks:
+    """Join the run: one CUDA device for each local rank where there is one, else the CPU.
+
+    ``timeout``: seconds that a collective may take before it ends with an error.
+    """
+    rank, world = world_from_environment()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Ranks(rank, world, device, layout)
+
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=limit))
+    # an elastic agent's store outlives a restart: each incarnation needs keys of its own
+    incarnation = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"incarnation{incarnation}", store),
+        rank=rank,
+        world_size=world,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
+    shape = (layout.replicas, layout.ep)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replica", "ep"))
+    control = dist.new_group(backend="gloo", timeout=limit)
+    return Ranks(rank, world, device, layout, mesh, control)
+
+
+def stop() -> None:
+    """Leave the run's process groups, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

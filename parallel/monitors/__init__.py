@@ -1,0 +1,8 @@
+"""What a run reports, and to whom."""
+
+from coterie.parallel.monitors.base import Monitor, RunFacts
+from coterie.parallel.monitors.jsonl import JsonLines
+from coterie.parallel.monitors.tensorboard import TensorBoard
+from coterie.parallel.monitors.terminal import Terminal
+
+__all__ = ["JsonLines", "Monitor", "RunFacts", "TensorBoard", "Terminal"]

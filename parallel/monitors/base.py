@@ -1,0 +1,44 @@
+"""A monitor hears of a run's events on rank 0."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.parallel.step import StepReport
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What does not change during a run."""
+
+    folder: Path
+    steps: int
+    """Steps in all."""
+    first_step: int
+    """Steps done before this start: 0, or what a resumed checkpoint holds."""
+    image_levels: int
+    """Grey levels of generated images."""
+
+
+class Monitor:
+    """Base class: every event may be ignored."""
+
+    def start(self, facts: RunFacts) -> None:
+        """The run starts or goes on."""
+
+    def step(self, report: StepReport) -> None:
+        """A step was taken."""
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Held-out losses after ``step``."""
+
+    def images(self, step: int, images: dict[str, npt.NDArray[np.int64]]) -> None:
+        """Images that the prompts gave after ``step``: levels, (side, side), by prompt."""
+
+    def message(self, text: str) -> None:
+        """One line for the person at the terminal."""
+
+    def close(self) -> None:
+        """The run ends; also called when it fails."""

@@ -1,0 +1,56 @@
+"""The person at the terminal: a progress bar, or plain lines where the output is a file."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from coterie.parallel.monitors.base import Monitor, RunFacts
+from coterie.parallel.step import StepReport
+
+_SMOOTHING = 0.9
+
+
+class Terminal(Monitor):
+    """Step, loss, tokens/s, expert skew and time left."""
+
+    def __init__(self, console: Console | None = None, every: int = 50) -> None:
+        self.console = console or Console(stderr=True)
+        self.every = every
+        """Steps between lines, where there is no terminal to draw a bar on."""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._rate = 0.0
+        self._steps = 0
+
+    def start(self, facts: RunFacts) -> None:
+        self._steps = facts.steps
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=facts.steps, completed=facts.first_step)
+
+    def step(self, report: StepReport) -> None:
+        rate = report.tokens / report.seconds
+        self._rate = rate if not self._rate else _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate
+        told = f"loss {report.loss:.3f}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=report.step, description=told)
+        elif report.step % self.every == 0 or report.step == self._steps:
+            self.message(f"step {report.step}/{self._steps}  {told}")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        self.message(f"step {step}: held-out {losses} (nats per token)")
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

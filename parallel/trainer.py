@@ -1,0 +1,202 @@
+"""The training loop: step, report, evaluate, save, until done or told to stop."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from coterie.data import Sampler, TokenDataset
+from coterie.models import Decoder
+from coterie.parallel.checkpoint import Checkpointer, load_tensors, read_state
+from coterie.parallel.config import EvaluationConfig, TrainConfig
+from coterie.parallel.distributed import Ranks
+from coterie.parallel.evaluate import evaluate
+from coterie.parallel.finite import NonFiniteError
+from coterie.parallel.monitors import Monitor, RunFacts
+from coterie.parallel.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from coterie.parallel.precision import resolve
+from coterie.parallel.run_state import model_tensors, optimizer_tensors
+from coterie.parallel.step import StepReport, StepSettings, train_step
+
+DrawImages = Callable[[Decoder], dict[str, npt.NDArray[np.int64]]]
+"""Images for the prompts of an evaluation, by prompt, on rank 0. All ranks call."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    finished: bool
+    """False: it was told to stop, and saved a checkpoint first."""
+    metrics: dict[str, float]
+    """Of the last evaluation; empty when there was none."""
+
+
+class Trainer:
+    """Trains ``model`` on ``sampler``'s batches; one on every rank, in step with each other."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        sampler: Sampler,
+        held_out: TokenDataset,
+        ranks: Ranks,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        evaluation: EvaluationConfig,
+        checkpointer: Checkpointer,
+        state: dict[str, Any],
+        monitors: list[Monitor],
+        draw_images: DrawImages | None = None,
+    ) -> None:
+        """``state``: what to store in each checkpoint beside the trainer's own (config, versions).
+
+        ``monitors``: empty on all ranks but the first.
+        """
+        self.model = model
+        self.sampler = sampler
+        self.held_out = held_out
+        self.ranks = ranks
+        self.train = train
+        self.optimizer_config = optimizer
+        self.evaluation = evaluation
+        self.optimizer = build_optimizer(model, optimizer)
+        self.checkpointer = checkpointer
+        self.state = state
+        self.monitors = monitors
+        self.draw_images = draw_images
+        self.precision = resolve(train.precision, ranks.device)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self._saved = 0
+        self._evaluated = 0
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from ``checkpoint``; all ranks call. Raises UserError as ``load_tensors`` does."""
+        state = read_state(checkpoint)
+        load_tensors(checkpoint, self._tensors(), self.ranks.control)
+        self.sampler.load_state_dict(state["sampler"])
+        self.step = self._saved = self.sampler.consumed
+
+    def run(self, folder: Path) -> Outcome:
+        """Train to the last step, reporting into ``folder``.
+
+        SIGINT or SIGTERM on any rank ends it after the step under way, with a checkpoint.
+
+        Raises:
+            NonFiniteError: with the last good checkpoint named.
+            UserError: a checkpoint could not be written.
+        """
+        levels = self.sampler.dataset.vocabulary.levels
+        facts = RunFacts(folder, self.train.steps, self.step, levels)
+        stopped = False
+        with _stop_signals() as asked:
+            self._tell(lambda monitor: monitor.start(facts))
+            try:
+                while self.step < self.train.steps and not stopped:
+                    stopped = self._advance(stop=bool(asked)).stop
+                if stopped and self.step > self._saved:
+                    self._save()
+                self.checkpointer.wait()
+            finally:
+                self._tell(lambda monitor: monitor.close())
+        return Outcome(self.step, self.step >= self.train.steps, self.metrics)
+
+    def _advance(self, stop: bool) -> StepReport:
+        """One step, and what is due after it."""
+        self._set_learning_rate()
+        report = self._train_step(stop)
+        self.step += 1
+        self.sampler.consumed = self.step
+        last = self.step == self.train.steps
+        self._tell(lambda monitor: monitor.step(report))
+        if last or (self.evaluation.every and self.step % self.evaluation.every == 0):
+            self._evaluate()
+        if last or self.checkpointer.due(self.step):
+            self._save()
+        return report
+
+    def _train_step(self, stop: bool) -> StepReport:
+        parts = self.train.accumulation
+        batches = [
+            self.sampler.batch(self.step, micro, parts, self.ranks.rank, self.ranks.world)
+            for micro in range(parts)
+        ]
+        settings = StepSettings(self.precision, self.optimizer_config.clip, self.train.seed)
+        try:
+            return train_step(
+                self.model,
+                self.optimizer,
+                [batch.to(self.ranks.device) for batch in batches],
+                self.step + 1,
+                self.ranks,
+                settings,
+                stop,
+            )
+        except NonFiniteError as error:
+            self.checkpointer.wait()
+            good = f"step {self._saved}" if self._saved else "none was saved yet"
+            raise NonFiniteError(
+                f"{error}; the last good checkpoint in {self.checkpointer.folder}: {good}"
+            ) from None
+
+    def _set_learning_rate(self) -> None:
+        rate = learning_rate(self.step, self.train.steps, self.optimizer_config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _evaluate(self) -> None:
+        self.metrics = evaluate(
+            self.model,
+            self.held_out,
+            self.ranks,
+            self.precision,
+            self.evaluation.batch,
+            self.evaluation.sequences,
+        )
+        self._tell(lambda monitor: monitor.evaluation(self.step, self.metrics))
+        if self.draw_images is not None:
+            images = self.draw_images(self.model)
+            self._tell(lambda monitor: monitor.images(self.step, images))
+
+    def _save(self) -> None:
+        state = {**self.state, "step": self.step, "sampler": self.sampler.state_dict()}
+        self.checkpointer.save(self.step, self._tensors(), state)
+        self._saved = self.step
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            **model_tensors(self.model, self.ranks),
+            **optimizer_tensors(self.model, self.optimizer, self.ranks),
+        }
+
+    def _tell(self, event: Callable[[Monitor], None]) -> None:
+        for monitor in self.monitors:
+            event(monitor)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs that arrive; a second one acts as it did before."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
