@@ -6,7 +6,7 @@ All are checked before any process is started.
 from pathlib import Path
 
 from coterie.core.errors import UserError
-from coterie.data.manifest import read_manifest
+from coterie.data.manifest import Manifest, read_manifest
 from coterie.data.vocabulary import Vocabulary
 from coterie.launch.config import RunConfig
 from coterie.parallel.layout import layout_of
@@ -41,7 +41,7 @@ def check_data(config: RunConfig) -> None:
     if config.data.path is None:
         where, size = "the built-in corpus", Vocabulary().size
     else:
-        manifest = read_manifest(Path(config.data.path))
+        manifest = _manifest(Path(config.data.path))
         where, size = config.data.path, manifest.vocabulary.size
         if manifest.sequence != config.data.sequence:
             raise UserError(
@@ -54,6 +54,14 @@ def check_data(config: RunConfig) -> None:
             f"model.vocabulary is {config.model.vocabulary}, but {where} has {size} token ids: "
             f"set model.vocabulary={size}, or more"
         )
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return read_manifest(path)
+    except UserError as error:
+        make = "" if path.exists() else f"; make it: coterie data build SOURCE {path}"
+        raise UserError(f"data.path: {error}{make}") from error
 
 
 def check_fresh(run_dir: Path) -> None:

@@ -33,18 +33,26 @@ def attach() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked until Python was ready
 
 
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code for ``error`` (2: the user's mistake, else 1) and what to print of it.
+
+    A sentence where the error is one; a traceback for what nobody expected.
+    """
+    if isinstance(error, UserError):
+        return 2, " ".join(str(error).split())
+    finite = sys.modules.get("coterie.parallel.finite")  # its error can only come from it, loaded
+    if finite is not None and isinstance(error, finite.NonFiniteError):
+        return 1, " ".join(str(error).split())
+    return 1, "".join(traceback.format_exception(error))
+
+
 def report(error: BaseException) -> bool:
     """Tell the parent of ``error``; False when there is none to tell."""
     descriptor = os.environ.get(REPORTS)
     if descriptor is None:
         return False
-    mistake = isinstance(error, UserError)
-    text = str(error) if mistake else "".join(traceback.format_exception(error))
-    message = {
-        "rank": int(os.environ["RANK"]),
-        "mistake": mistake,
-        "text": text[-_LONGEST // 4 :],
-    }
+    code, text = explain(error)
+    message = {"rank": int(os.environ["RANK"]), "code": code, "text": text[-_LONGEST // 4 :]}
     with socket.socket(fileno=os.dup(int(descriptor))) as reports:
         try:
             reports.send(json.dumps(message, ensure_ascii=False).encode())

@@ -99,3 +99,11 @@ def _number(found: Mapping[str, str], name: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise UserError(f"the environment's {name} is '{text}', but must be a whole number ≥ 0")
     return int(text)
+
+
+def join_quietly() -> Membership | None:
+    """As :func:`join`, None where the variables are wrong: for messages about other errors."""
+    try:
+        return join()
+    except UserError:
+        return None

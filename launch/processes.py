@@ -30,12 +30,7 @@ class Failure:
     code: int
     """As ``subprocess`` gives it: negative for a signal. 2: a mistake of the user."""
     text: str = ""
-    """A user's mistake in a sentence, or a traceback; '' when the rank said nothing."""
-
-    @property
-    def mistake(self) -> bool:
-        """Whether it is the user's."""
-        return self.code == 2
+    """A sentence, or a traceback; '' when the rank said nothing."""
 
     def how(self) -> str:
         """``rank 1 was ended by SIGKILL``, …"""
@@ -162,8 +157,7 @@ class _Group:
                 message = json.loads(self._reports.recv(_MESSAGE))
             except BlockingIOError:
                 return
-            failure = Failure(message["rank"], 2 if message["mistake"] else 1, message["text"])
-            self._said.setdefault(failure.rank, failure)
+            self._said.setdefault(message["rank"], Failure(**message))
 
     def _interrupt(self, number: int) -> None:
         if self.interrupted:
@@ -181,8 +175,15 @@ class _Group:
                 os.killpg(process.pid, number)
 
 
+def cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _environment(rank: int, world: int, port: int, reports: socket.socket) -> dict[str, str]:
-    threads = max(1, len(os.sched_getaffinity(0)) // world)
+    threads = max(1, cores() // world)
     local = {"OMP_NUM_THREADS": str(threads)}
     if Path("/sys/class/net/lo").exists():
         local["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host's name resolves to, or does not

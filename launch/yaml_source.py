@@ -79,8 +79,9 @@ class _Reader:
                 return self._mapping(node, path)
             case SequenceNode():
                 return [self._item(item, (*path, n)) for n, item in enumerate(node.value)]
-            case _:
+            case ScalarNode():
                 return self._scalar(node)
+        raise self._error(node, "this is no value")
 
     def _item(self, node: Node, path: Path_) -> Any:
         self.lines[path] = _line(node)
