@@ -32,11 +32,12 @@ def show(
     ] = None,
 ) -> None:
     """Check a config and print it with every default filled in; needs neither data nor GPUs."""
-    from coterie.launch.check import check_world
     from coterie.launch.load_config import dump_config, load_config
 
     resolved = load_config(config, overrides or [])
     if nproc is not None:
+        from coterie.launch.check import check_world  # imports torch
+
         check_world(resolved, nproc)
     print(dump_config(resolved), end="")
 

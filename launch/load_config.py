@@ -2,19 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
 
 from coterie.core.errors import UserError
-from coterie.launch.config import RunConfig
 from coterie.launch.config_file import find, read_text
-from coterie.launch.mistakes import from_validation, non_finite, sentence
 from coterie.launch.yaml_source import Path_, parse
 
+if TYPE_CHECKING:  # the models import torch, which takes seconds: after the file has been read
+    from coterie.launch.config import RunConfig
 
-def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+
+def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "RunConfig":
     """The config in the file ``name`` (or shipped under that name), with ``overrides`` applied.
 
     An override is ``key.sub=value``, its value YAML. Rules that need the number of processes or
@@ -30,7 +30,7 @@ def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return source.validated()
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: "RunConfig") -> str:
     """``config``, every default filled in, as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -75,7 +75,12 @@ class _Source:
         for inner in [below for below in self._lines if below[: len(path)] == path]:
             del self._lines[inner]
 
-    def validated(self) -> RunConfig:
+    def validated(self) -> "RunConfig":
+        from pydantic import ValidationError
+
+        from coterie.launch.config import RunConfig
+        from coterie.launch.mistakes import from_validation, non_finite, sentence
+
         if mistakes := list(non_finite(self.tree)):
             raise UserError(sentence(mistakes, self._where))
         try:

@@ -49,7 +49,8 @@ def _as_user_error(error: Exception) -> Exception:
     message = error.format_message().rstrip(".")
     if not message:  # a group without its sub-command: its help was shown
         message = "a sub-command is missing"
-    return UserError(f"{command}: {message}; see '{command} --help'")
+    place = f"{' '.join(command.split()[1:])}: ".lstrip(": ")
+    return UserError(f"{place}{message}; see '{command} --help'")
 
 
 def _fail(error: Exception) -> int:

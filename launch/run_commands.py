@@ -82,10 +82,11 @@ def train(
 ) -> int:
     """Train a model. Ctrl-C saves a checkpoint and leaves; 'coterie resume' goes on from it."""
     ours = _membership(nproc)
-    from coterie.launch.check import check_data, check_fresh
     from coterie.launch.load_config import load_config
 
     resolved = load_config(config, overrides or [])
+    from coterie.launch.check import check_data, check_fresh  # imports torch
+
     folder = run_dir or Path("runs") / resolved.name
     if ours is None or (ours.rank == 0 and ours.starter != "coterie"):
         check_fresh(folder)

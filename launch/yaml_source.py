@@ -75,13 +75,13 @@ class _Reader:
         if self._left < 0:
             raise UserError(f"{self.where}: holds more than {_LIMIT} values: is this a config?")
         match node:
-            case MappingNode():
+            case MappingNode(tag="tag:yaml.org,2002:map"):
                 return self._mapping(node, path)
-            case SequenceNode():
+            case SequenceNode(tag="tag:yaml.org,2002:seq"):
                 return [self._item(item, (*path, n)) for n, item in enumerate(node.value)]
             case ScalarNode():
                 return self._scalar(node)
-        raise self._error(node, "this is no value")
+        raise self._unknown_tag(node)
 
     def _item(self, node: Node, path: Path_) -> Any:
         self.lines[path] = _line(node)
@@ -121,7 +121,10 @@ class _Reader:
                     return float(special)
         except ValueError as error:
             raise self._error(node, f"'{text[:40]}' is not a number that can be read") from error
-        raise self._error(node, f"the tag {node.tag} is not accepted; write a plain value")
+        raise self._unknown_tag(node)
+
+    def _unknown_tag(self, node: Node) -> UserError:
+        return self._error(node, f"the tag {node.tag} is not accepted; write a plain value")
 
     def _error(self, node: Node, what: str) -> UserError:
         return UserError(f"{_place(self.where, node.start_mark, self.numbered)}: {what}")

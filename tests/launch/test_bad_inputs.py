@@ -1,0 +1,320 @@
+"""Every mistake of the user ends in exit code 2 and one sentence that says where it is."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coterie.launch.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SHOW = ["config", "show", "bad.yaml"]
+TRAIN = ["train", "good.yaml", "--nproc"]
+
+# what bad.yaml holds; what the sentence must contain
+FILES: dict[str, tuple[str | bytes, list[str]]] = {
+    "empty": ("", ["bad.yaml", "empty", "'model'"]),
+    "only a comment": ("# nothing yet\n", ["bad.yaml", "empty"]),
+    "a list": ("- model\n- train\n", ["bad.yaml", "holds a list", "mapping"]),
+    "one word": ("quickstart\n", ["bad.yaml", "holds one value", "mapping"]),
+    "open bracket": ("model: {width: [1\n", ["bad.yaml:2", "not YAML", "']'"]),
+    "a tab": ("model:\n\twidth: 3\n", ["bad.yaml:2", "not YAML", "spaces, not tabs"]),
+    "two colons": ("model: width: 3\n", ["bad.yaml:1", "not YAML", "column 13"]),
+    "two documents": ("a: 1\n---\nb: 2\n", ["bad.yaml:2", "not YAML"]),
+    "a key twice": (
+        "train:\n  steps: 1\n  steps: 2\n",
+        ["bad.yaml:3", "train.steps is given twice", "line 2"],
+    ),
+    "a tag": ("train: !!python/object/apply:os.system [ls]\n", ["bad.yaml:1", "tag"]),
+    "a list as key": ("? [a, b]\n: 1\n", ["bad.yaml:1", "a key must be a word"]),
+    "an unknown alias": ("train: *base\n", ["bad.yaml:1", "undefined alias"]),
+    "an endless alias": ("train: &a [*a]\n", ["bad.yaml", "nested too deeply"]),
+    "a bomb of aliases": (
+        "a0: &a0 [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 8)}]\n" for n in range(12)),
+        ["bad.yaml", "more than 100000 values"],
+    ),
+    "too deep": ("[" * 5000, ["bad.yaml", "nested too deeply"]),
+    "Latin-1": (b"name: caf\xe9\n", ["bad.yaml", "not UTF-8", "byte 9 is 0xe9"]),
+    "UTF-16": ("name: x\n".encode("utf-16"), ["bad.yaml", "not UTF-8", "byte 0"]),
+    "a null byte": ("name: a\0b\n", ["bad.yaml", "not YAML", "special characters"]),
+    "too large": ("x" * (1 << 21), ["bad.yaml", "2097152 bytes"]),
+}
+
+# overrides of good.yaml; what the sentence must contain
+OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
+    "no equals": (["train.steps"], ["override 'train.steps'", "key.sub=value"]),
+    "no key": (["=3"], ["override '=3'", "no dotted key"]),
+    "an empty part": (["train..steps=3"], ["'train..steps' is no dotted key"]),
+    "below a number": (["train.steps.x=3"], ["train.steps is no group", "good.yaml"]),
+    "open bracket": (["optimizer.betas=[0.9"], ["override 'optimizer.betas=[0.9'", "not YAML"]),
+    "misspelt key": (["train.stesp=3"], ["no key train.stesp", "did you mean 'train.steps'"]),
+    "misspelt group": (["modle.width=3"], ["no key modle", "did you mean 'model'"]),
+    "key of another group": (["lr=3"], ["no key lr", "did you mean 'optimizer.lr'"]),
+    "strange key": (["xyzzy=3"], ["no key xyzzy", "accepts name, model, data"]),
+    "too small": (["train.steps=0"], ["train.steps is 0", "a whole number ≥ 1"]),
+    "too large": (["optimizer.final_lr=2"], ["optimizer.final_lr is 2", "≤ 1"]),
+    "text for a number": (["train.steps=many"], ["train.steps is 'many'", "whole number"]),
+    "a number in quotes": (["train.steps='3'"], ["train.steps is '3'", "without quotes"]),
+    "a float for a whole": (["train.steps=1e3"], ["is 1000.0", "write 1000"]),
+    "a boolean for a number": (["train.steps=true"], ["train.steps is true", "whole number"]),
+    "yes": (["train.recompute=yes"], ["train.recompute is 'yes'", "write true"]),
+    "off": (["train.recompute=off"], ["train.recompute is 'off'", "write false"]),
+    "a number for a boolean": (["train.recompute=1"], ["train.recompute is 1", "true or false"]),
+    "a number for text": (["data.path=5"], ["data.path is 5", "put it in quotes"]),
+    "nothing for a number": (["train.steps="], ["train.steps is null", "whole number"]),
+    "not a number": (["optimizer.lr=.nan"], ["optimizer.lr is nan", "a number > 0"]),
+    "infinite": (["optimizer.lr=.inf"], ["optimizer.lr is inf"]),
+    "overflowing": (["optimizer.lr=1e999"], ["optimizer.lr is inf"]),
+    "infinite in a list": (["optimizer.betas=[0.9,.inf]"], ["optimizer.betas.1 is inf"]),
+    "unknown choice": (
+        ["model.moe.router.score=softmx"],
+        ["model.moe.router.score is 'softmx'", "softmax or sigmoid", "did you mean 'softmax'"],
+    ),
+    "a number for a group": (["train=5"], ["train is 5", "a group of keys"]),
+    "a group for a number": (["train.steps={a: 1}"], ["train.steps is a group of keys"]),
+    "a list too long": (["optimizer.betas=[1,2,3]"], ["optimizer.betas", "a list of 2 values"]),
+    "no list": (["model.dense_layers=1"], ["model.dense_layers is 1", "a list"]),
+    "text in a list": (["model.dense_layers=[a]"], ["model.dense_layers.0 is 'a'"]),
+    "a bad name": (["name=../up"], ["name is '../up'", "matches"]),
+    "a group without its keys": (["model={}"], ["model.vocabulary is missing", "3 more mistakes"]),
+    "two mistakes": (["train.steps=0", "train.seed=-1"], ["train.steps", "(and 1 more mistake)"]),
+    "heads do not divide": (
+        ["model.attention.heads=3"],
+        ["model", "multiple of attention.heads 3"],
+    ),
+    "kv_heads do not divide": (["model.attention.kv_heads=3"], ["model.attention", "kv_heads 3"]),
+    "more chosen than there are": (["model.moe.router.k=5"], ["model.moe", "k 5 exceeds the 4"]),
+    "groups do not divide": (["model.moe.router.groups=3"], ["model.moe", "3 groups"]),
+    "a layer too many": (["model.dense_layers=[2]"], ["dense_layers", "0 to 1"]),
+    "dense without width": (["model.dense_layers=[0]"], ["feed_forward is needed"]),
+    "warm-up too long": (["optimizer.warmup=9"], ["optimizer.warmup 9", "train.steps 2"]),
+    "accumulation": (["train.accumulation=3"], ["global_batch 8", "accumulation 3"]),
+}
+
+# command lines; what the sentence must contain
+COMMANDS: dict[str, tuple[list[str], list[str]]] = {
+    "unknown command": (["trian"], ["'trian'", "train"]),
+    "unknown option": ([*TRAIN, "1", "--run_dir", "x"], ["--run_dir", "--run-dir"]),
+    "no config": (["train"], ["CONFIG"]),
+    "no processes": ([*TRAIN, "0"], ["--nproc"]),
+    "half a process": ([*TRAIN, "1.5"], ["train: ", "--nproc", "valid integer"]),
+    "missing file": (["train", "goood.yaml"], ["goood.yaml: there is no such file", "'good.yaml'"]),
+    "missing folder": (["train", "no/such.yaml"], ["no/such.yaml", "no such file"]),
+    "misspelt shipped config": (["train", "mixtral_8x7"], ["'mixtral_8x7'", "'mixtral_8x7b'"]),
+    "folder as config": (["train", "runs/done"], ["runs/done: is a directory", "config.yaml"]),
+    "device as config": (["train", "/dev/null"], ["/dev/null", "not a regular file"]),
+    "ep does not divide the world": (
+        [*TRAIN, "4", "parallel.ep=3"],
+        ["parallel.ep is 3", "4 processes", "[1, 2, 4]"],
+    ),
+    "ep does not divide the experts": (
+        [*TRAIN, "8", "parallel.ep=8"],
+        ["parallel.ep is 8", "model.moe.experts.count 4", "[1, 2, 4]"],
+    ),
+    "ep without experts": (
+        [*TRAIN, "2", "parallel.ep=2", "model.moe=null", "model.feed_forward.hidden=8"],
+        ["parallel.ep is 2", "no experts"],
+    ),
+    "batch does not divide": (
+        [*TRAIN, "3"],
+        ["train.global_batch is 8", "3 processes", "use 6 or 9"],
+    ),
+    "evaluation batch does not divide": (
+        [*TRAIN, "8", "evaluation.batch=12"],
+        ["evaluation.batch is 12", "8 processes", "use 8 or 16"],
+    ),
+    "the default world does not fit": (
+        ["train", "good.yaml", "parallel.ep=4", "train.global_batch=6"],
+        ["train.global_batch is 6", "4 processes"],
+    ),
+    "no dataset": (
+        [*TRAIN, "1", "data.path=nowhere"],
+        ["data.path", "nowhere", "coterie data build"],
+    ),
+    "folder without dataset": ([*TRAIN, "1", "data.path=empty"], ["data.path", "empty"]),
+    "file as dataset": ([*TRAIN, "1", "data.path=file"], ["data.path", "file", "directory"]),
+    "another sequence": (
+        [*TRAIN, "1", "data.sequence=64"],
+        ["data.sequence is 64", "sequences of 32", "data.sequence=32"],
+    ),
+    "small vocabulary": (
+        [*TRAIN, "1", "model.vocabulary=256"],
+        ["model.vocabulary is 256", "277 token ids", "model.vocabulary=277"],
+    ),
+    "small vocabulary for the built-in corpus": (
+        [*TRAIN, "1", "model.vocabulary=256", "data.path=null"],
+        ["model.vocabulary is 256", "built-in corpus", "277"],
+    ),
+    "a shipped config without its data": (["train", "deepseek_v3_like", "--nproc", "64"], ["data"]),
+    "a run already": (
+        [*TRAIN, "1", "--run-dir", "runs/done"],
+        ["runs/done: holds a run already", "coterie resume runs/done"],
+    ),
+    "run in a file": ([*TRAIN, "1", "--run-dir", "file"], ["file: is a file", "--run-dir"]),
+    "run below a file": ([*TRAIN, "1", "--run-dir", "file/x"], ["file: is a file", "--run-dir"]),
+    "resume what is not": (
+        ["resume", "runs/dnoe"],
+        ["runs/dnoe: there is no such run", "runs/done"],
+    ),
+    "resume an empty folder": (["resume", "empty"], ["empty: holds no config.yaml"]),
+    "resume a file": (["resume", "file"], ["file: is a file"]),
+    "resume a missing step": (["resume", "runs/done", "--step", "7"], ["runs/done", "step 7"]),
+    "resume a damaged checkpoint": (["resume", "runs/broken"], ["step_00000002", "damaged"]),
+    "resume with a bad override": (
+        ["resume", "runs/done", "train.step=9"],
+        ["train.step", "'train.steps'"],
+    ),
+    "resume on a wrong world": (["resume", "runs/done", "--nproc", "3"], ["global_batch is 8"]),
+    "evaluate what is not": (["evaluate", "nowhere"], ["nowhere: there is no such run"]),
+    "evaluate without checkpoint": (["evaluate", "runs/done"], ["runs/done", "no checkpoint"]),
+    "generate without prompt": (["generate", "runs/done"], ["--prompt"]),
+    "generate from an empty prompt": (
+        ["generate", "runs/done", "--prompt", ""],
+        ["prompt is empty"],
+    ),
+    "generate at a negative temperature": (
+        ["generate", "runs/done", "--prompt", "a", "--temperature", "-1"],
+        ["--temperature"],
+    ),
+    "build from nothing": (["data", "build", "nowhere", "out"], ["nowhere", "no such directory"]),
+    "build from an empty folder": (["data", "build", "empty", "out"], ["empty", "no text"]),
+    "build from a file": (["data", "build", "file", "out"], ["file", "not a directory"]),
+    "inspect no dataset": (["data", "inspect", "empty"], ["empty", "dataset.json"]),
+    "verify nothing": (["data", "verify", "nowhere"], ["nowhere"]),
+    "show for a wrong world": (
+        ["config", "show", "mixtral_8x7b", "--nproc", "12"],
+        ["parallel.ep is 8", "12 processes"],
+    ),
+    "schema of an unknown key": (["config", "schema", "model.mo"], ["'model.mo'", "'model.moe'"]),
+    "config without sub-command": (["config", "shwo"], ["'shwo'", "show"]),
+}
+
+# variables of the environment; what the sentence must contain
+ENVIRONMENTS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "half of torchrun": ({"RANK": "0"}, ["RANK but not WORLD_SIZE"]),
+    "a rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK is 2", "0 to 1"]),
+    "a rank in words": ({"RANK": "one", "WORLD_SIZE": "2"}, ["RANK is 'one'"]),
+    "--nproc under torchrun": (
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        ["--nproc 1", "torchrun", "2 processes"],
+    ),
+    "--nproc under srun": (
+        {
+            "SLURM_STEP_ID": "0",
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+            "SLURM_LOCALID": "0",
+            "SLURM_JOB_ID": "7",
+            "SLURM_STEP_NODELIST": "n1",
+        },
+        ["--nproc 1", "SLURM", "4 processes"],
+    ),
+}
+
+
+def one_sentence(code: int, err: str, needles: list[str]) -> None:
+    """Exit code 2, one line, no traceback, and everything it must name."""
+    assert code == 2, err
+    assert err.startswith("coterie: "), err
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err and len(err) < 500
+    for needle in needles:
+        assert needle in err, (needle, err)
+
+
+Fails = Callable[[list[str], list[str]], None]
+
+
+@pytest.fixture
+def fails(place: Path, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """``fails(arguments, needles)``: the command ends in such a sentence, and leaves no trace."""
+
+    def check(arguments: list[str], needles: list[str]) -> None:
+        before = sorted(place.rglob("*"))
+        one_sentence(main(arguments), capsys.readouterr().err, needles)
+        assert sorted(place.rglob("*")) == before
+
+    return check
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_file(case: str, place: Path, fails: Fails) -> None:
+    content, needles = FILES[case]
+    file = place / "bad.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    fails(SHOW, needles)
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_override(case: str, fails: Fails) -> None:
+    overrides, needles = OVERRIDES[case]
+    fails(["config", "show", "good.yaml", *overrides], needles)
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_command(case: str, fails: Fails) -> None:
+    arguments, needles = COMMANDS[case]
+    fails(arguments, needles)
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_environment(case: str, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, needles = ENVIRONMENTS[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fails([*TRAIN, "1"], needles)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needles"),
+    [
+        ("model.widht", 3, ["edited.yaml:", "model.widht", "'model.width'"]),
+        ("model.width", ..., ["edited.yaml:2", "model.width is missing", "≥ 1", "Model width D"]),
+        ("train", ..., ["edited.yaml", "train is missing"]),
+        ("train.steps", -1, ["edited.yaml:18", "train.steps is -1"]),
+        ("name", 2024, ["edited.yaml:1", "name is 2024", "put it in quotes"]),
+    ],
+)
+def test_edited_file(
+    key: str,
+    value: object,
+    needles: list[str],
+    fails: Fails,
+    config_with: Callable[[str, object], Path],
+) -> None:
+    fails(["config", "show", str(config_with(key, value))], needles)
+
+
+def test_a_misspelt_compulsory_key_is_one_mistake(
+    fails: Fails, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("good.yaml").read_text().replace("global_batch", "globl_batch")
+    Path("bad.yaml").write_text(text)
+    assert main(SHOW) == 2
+    err = capsys.readouterr().err
+    assert "bad.yaml:13: there is no key train.globl_batch" in err and "more mistake" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["train", "good.yaml", "train.stesp=3"], ["'train.steps'"]),
+        (["train", "good.yaml", "--nproc", "2", "train.global_batch=3"], ["2 processes"]),
+        (["train", "goood.yaml"], ["'good.yaml'"]),
+    ],
+)
+def test_through_a_real_process(place: Path, arguments: list[str], needles: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "coterie.launch", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == ""
+    one_sentence(done.returncode, done.stderr, needles)

@@ -1,0 +1,112 @@
+"""The commands as a user types them, in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coterie.launch import doctor
+from coterie.launch.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = [
+    *([name] for name in ("train", "resume", "evaluate", "generate", "doctor")),
+    *(["data", name] for name in ("build", "inspect", "verify")),
+    *(["config", name] for name in ("show", "schema")),
+]
+
+
+def coterie(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "coterie.launch", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_describes_everything(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"Example:  coterie {' '.join(command)}" in " ".join(shown.split("\n"))
+    assert "Usage: coterie" in shown
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from coterie.launch.main import main; main(['train', '--help']); "
+        "main(['train', 'no.yaml']); sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_ranks_meet_and_their_mistake_is_told_once(place: Path, dataset: Path) -> None:
+    shutil.copytree(dataset, "cut")
+    shard = next(Path("cut").glob("train-*.npy"))
+    shard.write_bytes(shard.read_bytes()[:-10])  # only the ranks look at shards, having met
+    done = coterie("train", "good.yaml", "--nproc", "2", "parallel.ep=2", "data.path=cut")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and f"coterie: {shard}: is cut short" in done.stderr
+    assert not Path("runs/tiny/config.yaml").exists()
+
+
+def test_a_closed_pipe_is_no_error(place: Path) -> None:
+    script = f"{sys.executable} -m coterie.launch config schema --json | head -c 10"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, shell=True, env=environment, capture_output=True, text=True)
+    assert done.stderr == "" and len(done.stdout) == 10
+
+
+def test_data_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("texts").mkdir()
+    for number in range(20):
+        Path(f"texts/{number}.txt").write_text(f"text number {number} " * 20)
+    Path("texts/20.bin").write_text("")
+    assert main(["data", "build", "texts", "built", "--sequence", "64"]) == 0
+    seen = capsys.readouterr()
+    assert "1 files of other kinds" in seen.err and "sequence 64, vocabulary 277" in seen.out
+    assert main(["data", "verify", "built"]) == 0
+    assert "built: train is as it was built" in capsys.readouterr().out
+    shard = next(Path("built").glob("train-*.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["data", "verify", "built"]) == 2
+    assert str(shard) in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    topics = {finding["topic"] for finding in found}
+    assert {"Python", "torch", "gloo", "nccl", "CPU", "ops on cpu", "apex", "disk"} <= topics
+    assert {finding["state"] for finding in found} <= {"ok", "gap"}
+
+    monkeypatch.setattr(doctor, "_COMPULSORY", ("numpy", "no-such-package"))
+    assert main(["doctor"]) == 1
+    assert "pip install no-such-package" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("modules", "state"), [(("optimizers",), "ok"), ((), "gap")])
+def test_doctor_tells_the_two_apexes_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...], state: str
+) -> None:
+    for name in ("", *modules):
+        (tmp_path / "apex" / name).mkdir(exist_ok=True, parents=True)
+        (tmp_path / "apex" / name / "__init__.py").write_text("")
+    info = tmp_path / "apex-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    finding = doctor._apex()
+    assert finding.state == state and ("uninstall" in finding.fix) == (state == "gap")
