@@ -1,5 +1,6 @@
 """Grouped-query causal attention with rotary positions."""
 
+from functools import partial
 from typing import Self
 
 import torch
@@ -37,9 +38,12 @@ class AttentionConfig(Config):
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√d)·v over earlier positions; weights D × (heads · d), without biases."""
+    """softmax(q·kᵀ/√d)·v over earlier positions; weights D × (heads · d), without biases.
 
-    def __init__(self, width: int, config: AttentionConfig) -> None:
+    ``norm_eps``: RMSNorm's epsilon, for ``qk_norm``.
+    """
+
+    def __init__(self, width: int, config: AttentionConfig, norm_eps: float) -> None:
         super().__init__()
         self.head_width = config.head_width or width // config.heads
         kv_heads = config.kv_heads or config.heads
@@ -50,8 +54,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.out = nn.Linear(config.heads * self.head_width, width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_width) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_width) if config.qk_norm else nn.Identity()
+        norm = partial(nn.RMSNorm, self.head_width, eps=norm_eps)
+        self.q_norm = norm() if config.qk_norm else nn.Identity()
+        self.k_norm = norm() if config.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
         """(B, S, D) → (B, S, D). ``document_BS``: int64, used with ``within_documents``."""

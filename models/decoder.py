@@ -37,7 +37,7 @@ class DecoderConfig(Config):
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers, from 0, that are dense although `moe` is given."""
     norm_eps: float = Field(default=1e-6, gt=0)
-    """RMSNorm's epsilon."""
+    """RMSNorm's epsilon, also in attention."""
     tie_embeddings: bool = False
     """Use the embedding's weights as the output layer's."""
 
@@ -91,7 +91,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config.width, config.attention)
+        self.attention = Attention(config.width, config.attention, config.norm_eps)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.moe: MoELayer | None = None
         self.feed_forward: FeedForward | None = None

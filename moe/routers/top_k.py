@@ -122,9 +122,10 @@ class TopKRouter(Router):
         return x_TD @ self.weight.t()
 
     def _eligible(self, score_TE: Tensor) -> Tensor:
-        """Scores with the experts outside a token's best groups set to zero.
+        """Scores with the experts outside a token's best groups set to minus infinity.
 
-        A group is as good as its two best scores together (DeepSeek-V3, arXiv 2412.19437).
+        A group is as good as its two best scores together (DeepSeek-V3, arXiv 2412.19437). Not
+        zero: a score may underflow to that.
         """
         config = self.config
         if config.groups == config.top_groups:
@@ -132,7 +133,7 @@ class TopKRouter(Router):
         score_TGE = score_TE.unflatten(1, (config.groups, -1))
         best_TG = score_TGE.topk(2, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
         open_TG = torch.zeros_like(score_TGE[..., 0], dtype=torch.bool).scatter_(1, best_TG, True)
-        return score_TGE.masked_fill(~open_TG[..., None], 0.0).flatten(1)
+        return score_TGE.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
 
     def _with_losses(
         self,
