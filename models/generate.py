@@ -32,13 +32,18 @@ def generate(
     prompts over processes changes nothing. ``temperature`` 0 takes the most likely id; ``top_k``
     keeps the k most likely. With experts spread over ``group`` all its ranks call; each may have
     prompts of its own, or none.
+
+    Raises ValueError for a prompt without a token.
     """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt must have at least one token")
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
     start_B = torch.tensor([len(p) for p in prompts], device=device, dtype=torch.int64)
     tokens_BS, info_length = _padded(prompts, length, device), max(map(len, prompts), default=1)
     length_B = start_B.clone()
+    row_B = torch.arange(len(prompts), device=device)
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     keys_B = fold(torch.tensor(list(numbers), dtype=torch.int64, device=device), "sample", seed)
     stop_K = torch.tensor(list(stop), dtype=torch.int64, device=device)
@@ -47,9 +52,12 @@ def generate(
             break
         seen_BS = tokens_BS[:, : info_length + new]
         position_S = torch.arange(seen_BS.shape[1], device=device)
-        padding_T = (position_S >= length_B[:, None]).flatten()
-        logits_BSV = model(seen_BS, TokenInfo(padding_T=padding_T)).logits_BSV
-        last_BV = logits_BSV[torch.arange(len(prompts), device=device), length_B - 1]
+        info = TokenInfo(
+            padding_T=(position_S >= length_B[:, None]).flatten(),
+            sequence_T=row_B.repeat_interleave(seen_BS.shape[1]),
+        )
+        logits_BSV = model(seen_BS, info).logits_BSV
+        last_BV = logits_BSV[row_B, length_B - 1]
         next_B = _draw(last_BV.double(), fold_in(keys_B, length_B), temperature, top_k)
         open_B = ~done_B
         tokens_BS[open_B, length_B[open_B]] = next_B[open_B]

@@ -17,7 +17,8 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
-    depth (GPT-2). Embedding and router: 0.02. Norm gains: 1. Each expert is drawn by its global id.
+    depth (GPT-2). Embedding, an output layer tied to it, and router: 0.02. Norm gains: 1. Each
+    expert is drawn by its global id.
     """
     damping = residual_branches**-0.5
     for prefix, module in model.named_modules():
@@ -43,8 +44,12 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
                 _draw(module.weight, 0.02, seed, f"{prefix}.weight")
             case nn.RMSNorm():
                 module.weight.fill_(1.0)
-            case nn.Linear() if prefix == "head":
+            case nn.Linear() if prefix == "head" and not _is_tied(model):
                 _draw(module.weight, _fan_in(module), seed, "head.weight")
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return model.get_parameter("head.weight") is model.get_parameter("embedding.weight")
 
 
 def _fan_in(linear: nn.Linear) -> float:
