@@ -76,6 +76,8 @@ def run_ranks(command: list[str], world: int, grace: float = GRACE) -> Ended:
             group.watch(wake)
         finally:
             group.kill()
+            if sys.stderr.isatty():  # the progress bar of a rank that was killed hid the cursor
+                print("\x1b[?25h", end="", file=sys.stderr, flush=True)
         return Ended(group.failure, group.interrupted)
 
 
@@ -166,7 +168,8 @@ class _Group:
         self.interrupted = True
         self._send(number)
         name = signal.Signals(number).name
-        print(f"\ncoterie: {name}: leaving after this step; again to end at once", file=sys.stderr)
+        told = f"{name}: saving a checkpoint and leaving; a second one ends it at once"
+        print(f"\ncoterie: {told}", file=sys.stderr)
 
     def _send(self, number: int) -> None:
         """To each rank that was not reaped, and to what it started."""
