@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """A run ended for a reason that its sentence explains (a loss that is not finite, say): shown
+    without a traceback, but no mistake of the user's, so exit code 1."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The tail of an error sentence: ``; did you mean 'x'?`` for the closest choice, or nothing."""
     close = get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -12,7 +12,7 @@ import socket
 import sys
 import traceback
 
-from coterie.core.errors import UserError
+from coterie.core.errors import RunError, UserError
 
 PARENT, REPORTS = "COTERIE_PARENT", "COTERIE_REPORTS"
 """Environment: the parent's process id, and the descriptor of the socket for reports."""
@@ -40,8 +40,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     """
     if isinstance(error, UserError):
         return 2, " ".join(str(error).split())
-    finite = sys.modules.get("coterie.parallel.finite")  # its error can only come from it, loaded
-    if finite is not None and isinstance(error, finite.NonFiniteError):
+    if isinstance(error, RunError):
         return 1, " ".join(str(error).split())
     return 1, "".join(traceback.format_exception(error))
 

@@ -57,6 +57,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         seed=seed,
+        vocabulary=vocabulary.size,
     )
     results = []
     for number, sample in enumerate(samples):

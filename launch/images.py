@@ -43,6 +43,7 @@ def image_drawer(
             length=vocabulary.codes_per_image + 2 + _TEXT_ROOM,
             temperature=temperature,
             seed=seed,
+            vocabulary=vocabulary.size,
             group=ranks.data_group,
         )
         found = {n: first_image(t, vocabulary) for n, t in zip(mine, continued, strict=True)}

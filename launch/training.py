@@ -45,7 +45,7 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
     try:
         train_set, held_out = open_data(config.data, ranks)
         model = build_model(config, ranks, train_set)
-        with Checkpointer(run_dir / CHECKPOINTS, config.checkpoint, ranks.control) as checkpointer:
+        with Checkpointer(run_dir / CHECKPOINTS, config.checkpoint, ranks.saving) as checkpointer:
             if fresh and ranks.rank == 0:
                 _write_config(config, run_dir)
             trainer = Trainer(

@@ -1,7 +1,8 @@
 """A decoder-only transformer whose feed-forward layers are dense or mixtures of experts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         x_BSD = self.embedding(tokens_BS)
         losses: dict[str, Tensor] = {}
         stats: dict[int, RoutingStats] = {}
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, own, seen = checkpoint(block, x_BSD, info, use_reentrant=False)
             else:
@@ -155,5 +156,5 @@ class Decoder(nn.Module):
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0.0) + loss
             if seen is not None:
-                stats[block.layer] = seen
+                stats[layer] = seen
         return DecoderOutput(self.head(self.norm(x_BSD)), losses, stats)

@@ -23,6 +23,7 @@ def generate(
     temperature: float,
     top_k: int | None = None,
     seed: int = 0,
+    vocabulary: int | None = None,
     group: ProcessGroup | None = None,
 ) -> list[Tensor]:
     """The continuation of each prompt (int64, one-dimensional): at most ``length`` new ids, ending
@@ -30,8 +31,8 @@ def generate(
 
     The draws of a prompt are keyed by (seed, its number in ``numbers``, position), so splitting
     prompts over processes changes nothing. ``temperature`` 0 takes the most likely id; ``top_k``
-    keeps the k most likely. With experts spread over ``group`` all its ranks call; each may have
-    prompts of its own, or none.
+    keeps the k most likely; ids from ``vocabulary`` up, which no data used, are never drawn. With
+    experts spread over ``group`` all its ranks call; each may have prompts of its own, or none.
 
     Raises ValueError for a prompt without a token.
     """
@@ -56,7 +57,7 @@ def generate(
             padding_T=(position_S >= length_B[:, None]).flatten(),
             sequence_T=row_B.repeat_interleave(seen_BS.shape[1]),
         )
-        logits_BSV = model(seen_BS, info).logits_BSV
+        logits_BSV = model(seen_BS, info).logits_BSV[..., :vocabulary]
         last_BV = logits_BSV[row_B, length_B - 1]
         next_B = _draw(last_BV.double(), fold_in(keys_B, length_B), temperature, top_k)
         open_B = ~done_B

@@ -40,7 +40,8 @@ class Experts(nn.Module):
 
     def forward(self, x_AD: Tensor, load_E: Tensor) -> Tensor:
         """``x_AD``: rows sorted by local expert, ``load_E``: int64 rows for each → y_AD."""
-        w_in_EDH, w_out_EFD = self.w_in_EDH, self.w_out_EFD
+        w_in_EDH: Tensor = self.w_in_EDH
+        w_out_EFD: Tensor = self.w_out_EFD
         if torch.is_autocast_enabled(x_AD.device.type):
             half = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, w_in_EDH, w_out_EFD = x_AD.to(half), w_in_EDH.to(half), w_out_EFD.to(half)

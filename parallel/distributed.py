@@ -23,7 +23,9 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """Two-dimensional: ("replica", "ep")."""
     control: ProcessGroup | None = None
-    """gloo, all ranks: for checkpoints, which are saved in the background."""
+    """gloo, all ranks: for objects on the host."""
+    saving: ProcessGroup | None = None
+    """gloo, all ranks: for the thread that saves checkpoints while the main thread uses others."""
 
     @property
     def data_group(self) -> ProcessGroup | None:
@@ -71,10 +73,15 @@ def start(layout: Layout, timeout: float) -> Ranks:
         timeout=limit,
         device_id=device if device.type == "cuda" else None,
     )
+    return make_groups(layout, device, limit)
+
+
+def make_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Ranks:
+    """The run's groups, out of the default process group; all its ranks call."""
     shape = (layout.replicas, layout.ep)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replica", "ep"))
-    control = dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, world, device, layout, mesh, control)
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return Ranks(dist.get_rank(), layout.world, device, layout, mesh, control, saving)
 
 
 def stop() -> None:

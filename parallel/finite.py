@@ -1,21 +1,24 @@
 """A loss or gradient that is not finite stops the run before the weights are touched, by name."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from coterie.core.errors import RunError
 from coterie.data import Batch
 from coterie.models import Decoder
 from coterie.parallel.distributed import Ranks
+from coterie.parallel.gradients import expert_parameters
 from coterie.parallel.micro_batch import cross_entropy_sum, token_info
 from coterie.parallel.precision import Precision, autocast
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(RunError):
     """The sentence that names rank, layer and step."""
 
 
@@ -36,11 +39,11 @@ def require_finite(
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    forward, backward = _diagnose(model, batches, ranks, precision, seed)
-    found = [(forward, backward)]
+    here = _diagnose(model, batches, ranks, precision, seed)
+    found = [here]
     if ranks.world > 1:
-        found = [(None, None)] * ranks.world
-        dist.all_gather_object(found, (forward, backward), group=ranks.control)
+        found = [here] * ranks.world
+        dist.all_gather_object(found, here, group=ranks.control)
     what = "the loss" if not math.isfinite(loss) else "the gradient norm"
     raise NonFiniteError(
         f"step {step}: {what} is {loss if not math.isfinite(loss) else norm}; {_origin(found)}; "
@@ -48,10 +51,22 @@ def require_finite(
     )
 
 
-def _origin(found: list[tuple[str | None, str | None]]) -> str:
+@dataclass(frozen=True)
+class _Found:
+    """Where this rank first met a number that is not finite; None: nowhere."""
+
+    forward: str | None
+    dense: str | None
+    """A gradient of a parameter that sees this rank's own tokens alone."""
+    experts: str | None
+    """A gradient of an expert, which other ranks' tokens may have spoilt."""
+
+
+def _origin(found: list[_Found]) -> str:
     """Where it began: the forward pass of some rank if any, else its backward pass."""
-    for direction, place in (("forward", 0), ("backward", 1)):
-        where = [f"{f[place]} on rank {rank}" for rank, f in enumerate(found) if f[place]]
+    for direction, kind in (("forward", "forward"), ("backward", "dense"), ("backward", "experts")):
+        places = [getattr(f, kind) for f in found]
+        where = [f"{place} on rank {rank}" for rank, place in enumerate(places) if place]
         if where:
             return f"first seen in the {direction} pass at {', '.join(where)}"
     return "it overflowed only in the sum over ranks"
@@ -59,23 +74,36 @@ def _origin(found: list[tuple[str | None, str | None]]) -> str:
 
 def _diagnose(
     model: Decoder, batches: list[Batch], ranks: Ranks, precision: Precision, seed: int
-) -> tuple[str | None, str | None]:
-    """(the first place whose output is not finite, the first whose gradient is not), here."""
+) -> _Found:
+    """Run the step again on this rank, with every place of the model watched."""
     model.zero_grad(set_to_none=True)
     with _watched(model) as seen:
         for batch in batches:
             with autocast(precision, ranks.device):
                 output = model(batch.tokens_BS, token_info(batch, seed))
                 loss = cross_entropy_sum(output.logits_BSV, batch.targets_BS)
-            (loss + sum(output.losses.values())).backward()
-    backward = None
-    # the backward pass goes through the model from its end: the last bad place is where it began
-    for name, module in _places(model):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if not all(bool(g.isfinite().all()) for g in gradients):
-            backward = name
+            total = loss + sum(output.losses.values())
+            if not bool(total.isfinite()):
+                seen.append("the loss")
+            total.backward()
+    experts = {id(p) for p in expert_parameters(model)}
+    found = _Found(
+        forward=seen[0] if seen else None,
+        dense=_last_bad_gradient(model, lambda p: id(p) not in experts),
+        experts=_last_bad_gradient(model, lambda p: id(p) in experts),
+    )
     model.zero_grad(set_to_none=True)
-    return (seen[0] if seen else None), backward
+    return found
+
+
+def _last_bad_gradient(model: Decoder, chosen: Callable[[nn.Parameter], bool]) -> str | None:
+    """The backward pass goes through the model from its end: there it began."""
+    last = None
+    for name, module in _places(model):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None and chosen(p)]
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            last = name
+    return last
 
 
 def _places(model: Decoder) -> list[tuple[str, nn.Module]]:

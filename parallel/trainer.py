@@ -191,7 +191,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, note)

@@ -1,0 +1,70 @@
+# Two commands on a fresh machine with Python 3.11 or newer:
+#
+#   make train    set everything up and run the main job
+#   make test     set everything up and run the tests
+#
+# Others: setup, lint, types, bench, clean. Everything lives in .venv, build and runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+READY := $(VENV)/.ready
+FOLDERS := core csrc comm moe models data parallel launch
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
+
+.PHONY: help setup train test lint types bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+setup: $(READY)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "coterie needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); \
+	name another with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "== making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
+
+# torch first: the native ops are compiled against the torch that will run them
+$(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.txt csrc/rows.h csrc/rows.cpp csrc/rows.cu
+	@echo "== installing torch and tools into $(VENV) (minutes the first time)"
+	@$(PIP) torch setuptools wheel
+	@echo "== installing coterie with its tests' needs, compiling the native ops"
+	@$(PIP) --no-build-isolation -e '.[dev,hf]'
+	@$(BIN)/python -c 'from coterie.csrc.loader import status; \
+	  print("== native ops:", *sorted({f"{s.device} " + ("native" if s.native else s.reason) for s in status()}), sep="\n   ")'
+	@touch $(READY)
+
+train: $(READY)
+	@if [ -e $(RUN)/config.yaml ]; then \
+	  echo "== going on with $(RUN)"; $(BIN)/coterie resume $(RUN); \
+	else \
+	  echo "== training configs/quickstart.yaml into $(RUN)"; $(BIN)/coterie train quickstart --run-dir $(RUN); \
+	fi
+	@echo "== held-out loss, and of ten captions how many digits can be read"
+	@$(BIN)/coterie evaluate $(RUN)
+	@echo "== look:  $(BIN)/tensorboard --logdir $(RUN)"
+	@echo '== draw:  $(BIN)/coterie generate $(RUN) --prompt "a digit seven"'
+
+test: $(READY)
+	@echo "== running the tests"
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# mypy is shown the namespace package through a link, since no folder is named coterie
+types: $(READY)
+	@mkdir -p build/typing && ln -sfn ../.. build/typing/coterie
+	@cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml $(FOLDERS:%=-p coterie.%)
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/layer.py
+	@$(BIN)/python benchmarks/rows.py
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis csrc/*.so csrc/build.json
