@@ -1,4 +1,4 @@
-"""Hugging Face's models as an oracle: their arithmetic in float64, their weights under our names."""
+"""Hugging Face as an oracle: its arithmetic in float64, its weights under our names."""
 
 import re
 from collections.abc import Callable
@@ -64,7 +64,9 @@ def model_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "norm.weight": tensors["model.norm.weight"],
         "head.weight": tensors["lm_head.weight"],
     }
-    layers = {int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.(\d+)", name))}
+    layers = {
+        int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.(\d+)", name))
+    }
     for layer in layers:
         block = _inside(f"model.layers.{layer}.", tensors)
         attention = _inside("self_attn.", block)

@@ -1,0 +1,158 @@
+"""The grouped feed-forward against autograd over one expert at a time."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from coterie.moe.activations import ActivationName
+from coterie.moe.experts import Experts, ExpertsConfig
+from coterie.moe.grouped_ffn import grouped_ffn
+from tests.moe.test_moe_layer import ACTIVATIONS, feed_forward
+from tests.moe.tiny import error, randn, randomise
+
+D, FH = 6, 5
+LOADS = {
+    "uneven": [4, 1, 0, 7, 2],
+    "first and last empty": [0, 3, 5, 0],
+    "all to one": [0, 0, 9],
+    "one expert": [6],
+    "no rows": [0, 0],
+}
+
+
+def _operands(
+    load: list[int], activation: str, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x_AD, w_in_EDH, w_out_EFD, load_E, dy_AD."""
+    rows, experts, parts = sum(load), len(load), 2 if activation == "swiglu" else 1
+    return (
+        randn(rows, D, seed=1).to(dtype),
+        randn(experts, D, parts * FH, seed=2).to(dtype),
+        randn(experts, FH, D, seed=3).to(dtype),
+        torch.tensor(load),
+        randn(rows, D, seed=4).to(dtype),
+    )
+
+
+def _plain(leaves: list[Tensor], load: list[int], activation: str) -> Tensor:
+    x_AD, w_in, w_out = leaves
+    parts = x_AD.split(load)
+    return torch.cat(
+        [feed_forward(part, w_in[e], w_out[e], activation) for e, part in enumerate(parts)]
+    )
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str
+)
+def test_output_and_gradients(
+    load: list[int], activation: ActivationName, dtype: torch.dtype, limit: float
+) -> None:
+    x_AD, w_in, w_out, load_E, dy_AD = _operands(load, activation, dtype)
+    leaves = [tensor.requires_grad_() for tensor in (x_AD, w_in, w_out)]
+    y_AD = grouped_ffn(x_AD, w_in, w_out, load_E, activation)
+    ours = torch.autograd.grad(y_AD, leaves, dy_AD)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth_AD = _plain(wide, load, activation)
+    truth = torch.autograd.grad(truth_AD, wide, dy_AD.double())
+    assert y_AD.dtype == dtype
+    assert error(y_AD.double(), truth_AD) <= limit
+    for own, true in zip(ours, truth, strict=True):
+        assert own.dtype == dtype
+        assert error(own.double(), true) <= limit
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("needs", [n for n in product([True, False], repeat=3) if any(n)], ids=str)
+def test_only_what_needs_a_gradient_gets_one(
+    needs: tuple[bool, ...], activation: ActivationName
+) -> None:
+    x_AD, w_in, w_out, load_E, dy_AD = _operands(LOADS["uneven"], activation)
+    leaves = [x_AD, w_in, w_out]
+    for leaf, wanted in zip(leaves, needs, strict=True):
+        leaf.requires_grad_(wanted)
+    grouped_ffn(x_AD, w_in, w_out, load_E, activation).backward(dy_AD)
+    wide = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    _plain(wide, LOADS["uneven"], activation).backward(dy_AD)
+    for leaf, true, wanted in zip(leaves, wide, needs, strict=True):
+        assert (leaf.grad is not None) == wanted
+        if leaf.grad is not None and true.grad is not None:
+            assert error(leaf.grad, true.grad) < 1e-13
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_operands_that_are_not_contiguous(activation: ActivationName) -> None:
+    x_AD, w_in, w_out, load_E, _ = _operands(LOADS["uneven"], activation)
+    strided = [t.mT.contiguous().mT.requires_grad_() for t in (x_AD, w_in, w_out)]
+    plain = [t.clone().requires_grad_() for t in (x_AD, w_in, w_out)]
+    assert not any(t.is_contiguous() for t in strided)
+    y_AD = grouped_ffn(strided[0], strided[1], strided[2], load_E, activation)
+    truth_AD = _plain(plain, LOADS["uneven"], activation)
+    assert error(y_AD, truth_AD) < 1e-13
+    ours = torch.autograd.grad(y_AD.sum(), strided)  # an expanded dy: strides of zero
+    for own, true in zip(ours, torch.autograd.grad(truth_AD.sum(), plain), strict=True):
+        assert error(own, true) < 1e-13
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_recomputed_is_bit_identical(activation: ActivationName) -> None:
+    x_AD, w_in, w_out, load_E, dy_AD = _operands(LOADS["uneven"], activation)
+    leaves = [tensor.requires_grad_() for tensor in (x_AD, w_in, w_out)]
+    kept = grouped_ffn(x_AD, w_in, w_out, load_E, activation)
+    again = checkpoint(grouped_ffn, x_AD, w_in, w_out, load_E, activation, use_reentrant=False)
+    assert torch.equal(kept, again)
+    for one, other in zip(
+        torch.autograd.grad(kept, leaves, dy_AD),
+        torch.autograd.grad(again, leaves, dy_AD),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_two_backward_passes_add_up(activation: ActivationName) -> None:
+    """The results are kept in buffers of their own: an earlier gradient is not overwritten."""
+    x_AD, w_in, w_out, load_E, dy_AD = _operands(LOADS["uneven"], activation)
+    leaves = [tensor.requires_grad_() for tensor in (x_AD, w_in, w_out)]
+    y_AD = grouped_ffn(x_AD, w_in, w_out, load_E, activation)
+    first = torch.autograd.grad(y_AD, leaves, dy_AD, retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(y_AD, leaves, 2 * dy_AD)
+    for own, copy, twice in zip(first, copies, second, strict=True):
+        assert torch.equal(own, copy)
+        assert torch.equal(2 * own, twice)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(
+    activation: ActivationName,
+) -> None:
+    experts = Experts(D, ExpertsConfig(count=5, hidden=FH, activation=activation))
+    randomise(experts)
+    load_E = torch.tensor(LOADS["uneven"])
+    x_AD, dy_AD = randn(14, D, seed=5).float(), randn(14, D, seed=6).float()
+    leaves = [x_AD.requires_grad_(), *experts.parameters()]
+    plain_AD = experts(x_AD, load_E)
+    plain = torch.autograd.grad(plain_AD, leaves, dy_AD)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_AD = experts(x_AD, load_E)
+    assert half_AD.dtype == torch.bfloat16
+    assert 0 < error(half_AD.float(), plain_AD) < 0.02
+    for half, full in zip(
+        torch.autograd.grad(half_AD, leaves, dy_AD.bfloat16()), plain, strict=True
+    ):
+        assert half.dtype == torch.float32
+        assert error(half, full) < 0.03
+
+
+def test_experts_of_a_rank_are_numbered_from_its_first() -> None:
+    config = ExpertsConfig(count=6, hidden=FH)
+    assert [Experts(D, config, rank, 3).first for rank in range(3)] == [0, 2, 4]
+    assert Experts(D, config, 1, 3).w_in_EDH.shape == (2, D, 2 * FH)
+    with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks"):
+        Experts(D, config, 0, 4)
