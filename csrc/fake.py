@@ -1,0 +1,26 @@
+"""The shapes and dtypes of the native ops' results, for torch.compile and fake tensors."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_fake("coterie::permute")
+def _permute(x: Tensor, token: Tensor, weight: Tensor | None) -> Tensor:
+    return x.new_empty(token.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("coterie::unpermute")
+def _unpermute(x: Tensor, weight: Tensor | None, row: Tensor, offset: Tensor) -> Tensor:
+    return x.new_empty(offset.shape[0] - 1, x.shape[1])
+
+
+@torch.library.register_fake("coterie::unpermute_backward")
+def _unpermute_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, token: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("coterie::invert")
+def _invert(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    return token.new_empty(token.shape[0]), token.new_empty(num_tokens + 1)

@@ -1,0 +1,100 @@
+"""Load the native libraries once, and say for each op whether it runs native and, if not, why.
+
+``COTERIE_NATIVE=0`` in the environment makes every op use its plain PyTorch twin; it is read when
+the first op is called (or ``status`` asked), not later.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from coterie.csrc import build, twins
+
+_HERE = Path(__file__).resolve().parent
+_TWINS: dict[str, Callable[..., Any]] = {
+    "permute": twins.permute_reference,
+    "unpermute": twins.unpermute_reference,
+    "unpermute_backward": twins.unpermute_backward_reference,
+    "invert": twins.invert_reference,
+}
+_NATIVE = {"cpu": tuple(_TWINS), "cuda": ("permute", "unpermute", "unpermute_backward")}
+
+
+class OpStatus(NamedTuple):
+    """How one op runs on one device type."""
+
+    op: str
+    device: str  # "cpu" or "cuda"
+    native: bool  # False: its plain PyTorch twin runs
+    reason: str  # why not native, or "" when it is
+    fix: str  # the command that would make it native, or ""
+
+
+@cache
+def kernel(op: str, device: str) -> Callable[..., Any]:
+    """The function that runs ``op`` on device type ``device``: the native op, or its twin."""
+    if op in _NATIVE.get(device, ()) and not _load()[device][0]:
+        return getattr(torch.ops.coterie, op).default
+    return _TWINS[op]
+
+
+def status() -> list[OpStatus]:
+    """One record for each op and device type, for ``coterie doctor``."""
+    records = []
+    for device in build.LIBRARIES:
+        reason, fix = _load()[device]
+        for op in _TWINS:
+            if op in _NATIVE[device]:
+                records.append(OpStatus(op, device, not reason, reason, fix))
+            else:
+                records.append(OpStatus(op, device, False, "PyTorch's own sort is used", ""))
+    return records
+
+
+@cache
+def _load() -> dict[str, tuple[str, str]]:
+    """Load both libraries; for each device type the reason and fix of its absence, or ('', '')."""
+    missing = {device: _missing(device) for device in build.LIBRARIES}
+    if not missing["cuda"][0] and missing["cpu"][0]:
+        missing["cuda"] = ("the CPU library, which defines the ops, is missing", build.COMMAND)
+    for device in build.LIBRARIES:
+        if not missing[device][0]:
+            try:
+                torch.ops.load_library(str(_HERE / build.library_name(device)))
+            except OSError as error:
+                missing[device] = (f"loading failed: {str(error).splitlines()[0]}", build.COMMAND)
+                warnings.warn(f"coterie: {device} ops: {missing[device][0]}", stacklevel=2)
+    if not missing["cpu"][0]:
+        from coterie.csrc import fake  # noqa: F401  (registers shapes; needs the ops defined)
+    if not missing["cuda"][0] and not torch.cuda.is_available():
+        missing["cuda"] = ("compiled, but torch sees no CUDA device", "")
+    return missing
+
+
+def _missing(device: str) -> tuple[str, str]:
+    """Why the library for ``device`` cannot be loaded, and the fix; ('', '') when it can."""
+    if os.environ.get("COTERIE_NATIVE") == "0":
+        return "COTERIE_NATIVE=0", "env -u COTERIE_NATIVE"
+    report = _HERE / build.REPORT
+    if not report.exists():
+        return "not built", build.COMMAND
+    built = json.loads(report.read_text())
+    entry = built["libraries"][device]
+    if not entry["built"]:
+        return entry["reason"], entry["fix"]
+    if built["sources"] != build.source_hash(_HERE):
+        warnings.warn(
+            f"coterie: the native {device} ops are older than their sources and are not used; "
+            f"rebuild them with: {build.COMMAND}",
+            stacklevel=2,
+        )
+        return "older than its sources", build.COMMAND
+    if not (_HERE / build.library_name(device)).exists():
+        return "the library file is gone", build.COMMAND
+    return "", ""
