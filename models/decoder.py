@@ -156,5 +156,5 @@ class Decoder(nn.Module):
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0.0) + loss
             if seen is not None:
-                stats[layer] = seen
+                stats[block.layer] = seen
         return DecoderOutput(self.head(self.norm(x_BSD)), losses, stats)
