@@ -51,18 +51,8 @@ def open_data(config: DataConfig, ranks: Ranks) -> tuple[TokenDataset, TokenData
     return open_dataset(path, "train"), open_dataset(path, "held_out")
 
 
-def build_model(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> Decoder:
-    """The initialised model on this rank's device, with this rank's experts.
-
-    Raises:
-        UserError: the model's vocabulary is too small for the data.
-    """
-    needed = dataset.vocabulary.size
-    if config.model.vocabulary < needed:
-        raise UserError(
-            f"model.vocabulary is {config.model.vocabulary}, but the data in {dataset.path} uses "
-            f"{needed} ids: set model.vocabulary to {needed} or more"
-        )
+def build_model(config: RunConfig, ranks: Ranks) -> Decoder:
+    """The initialised model on this rank's device, with this rank's experts."""
     exchange: Exchange | None = None
     if ranks.expert_group is not None and ranks.layout.ep > 1:
         exchange = AllToAllExchange(ranks.expert_group)

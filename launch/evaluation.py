@@ -44,7 +44,7 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
         raise UserError(f"{run_dir / CHECKPOINTS} holds no checkpoint yet")
     ranks = start(Layout(world=1, ep=1), config.train.timeout)
     train, held_out = open_data(config.data, ranks)
-    model = build_model(config, ranks, train)
+    model = build_model(config, ranks)
     load_tensors(checkpoint, model_tensors(model, ranks), strict=False)
     return Loaded(model, ranks, train, held_out, checkpoint)
 

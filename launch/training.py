@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.launch.assemble import build_model, join, open_data
+from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
+from coterie.launch.load_config import dump_config
 from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
 from coterie.parallel.checkpoint_format import step_of
@@ -22,7 +23,6 @@ from coterie.parallel.monitors import JsonLines, Monitor, TensorBoard, Terminal
 from coterie.parallel.precision import bf16_slowdown, resolve
 from coterie.parallel.trainer import Outcome, Trainer
 
-CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 _SLOW = 4.0  # times slower than fp32: worth a warning
 
@@ -44,9 +44,9 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
     monitors = _monitors(config) if ranks.rank == 0 else []
     try:
         train_set, held_out = open_data(config.data, ranks)
-        model = build_model(config, ranks, train_set)
+        model = build_model(config, ranks)
         with Checkpointer(run_dir / CHECKPOINTS, config.checkpoint, ranks.saving) as checkpointer:
-            if fresh and ranks.rank == 0:
+            if ranks.rank == 0:
                 _write_config(config, run_dir)
             trainer = Trainer(
                 model,
@@ -66,6 +66,8 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 trainer.restore(checkpoint)
             _say(monitors, _facts(config, ranks, model, train_set))
             _say(monitors, _start(run_dir, fresh, checkpoint, trainer))
+            if trainer.step >= config.train.steps:
+                return Outcome(trainer.step, True, {})
             _warn_of_slow_bf16(config, ranks, monitors)
             return trainer.run(run_dir)
     finally:
@@ -83,15 +85,12 @@ def _say(monitors: list[Monitor], text: str) -> None:
 
 
 def _write_config(config: RunConfig, run_dir: Path) -> None:
+    """Store what this run runs with; a resumed one may have new overrides, which stay."""
     path = run_dir / CONFIG
+    fresh = path.with_suffix(".new")
     try:
-        with path.open("x") as file:
-            yaml.safe_dump(config.model_dump(mode="json"), file, sort_keys=False)
-    except FileExistsError:
-        raise UserError(
-            f"{run_dir} holds a run already: go on with it by `coterie resume {run_dir}`, or give "
-            "another --run-dir"
-        ) from None
+        fresh.write_text(dump_config(config))
+        fresh.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -174,6 +173,8 @@ def _facts(config: RunConfig, ranks: Ranks, model: Decoder, dataset: TokenDatase
 
 
 def _start(run_dir: Path, fresh: bool, checkpoint: Path | None, trainer: Trainer) -> str:
+    if trainer.step >= trainer.train.steps:
+        return f"{run_dir}: all {trainer.step} steps are done; for more: train.steps=N"
     if checkpoint is not None:
         return f"{run_dir}: going on after step {trainer.step} of {trainer.train.steps}"
     if not fresh:
