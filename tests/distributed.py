@@ -23,6 +23,8 @@ from typing import Any
 _GRACE = 2.0  # seconds that the other ranks have to report after one has failed
 _DYING = 5.0  # seconds that a process has to write its stacks and end
 _PR_SET_PDEATHSIG = 1
+# What is slow to import; DTensor imports the last one when it is first used.
+_PRELOAD = ["torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "pytest"]
 
 
 class RankFailure(AssertionError):
@@ -44,7 +46,7 @@ class Ranks:
         self._deadline = time.monotonic() + timeout
         self._folder = tempfile.TemporaryDirectory(prefix="ranks_")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.tensor"])
+        context.set_forkserver_preload(_PRELOAD)
         self._connections: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(world):
