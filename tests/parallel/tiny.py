@@ -17,7 +17,7 @@ from coterie.parallel.checkpoint import Checkpointer
 from coterie.parallel.distributed import Ranks, make_groups
 from coterie.parallel.layout import Layout
 from coterie.parallel.monitors import Monitor
-from coterie.parallel.run_state import model_tensors
+from coterie.parallel.run_state import model_tensors, optimizer_tensors
 from coterie.parallel.step import StepReport
 from coterie.parallel.trainer import Trainer
 
@@ -77,7 +77,7 @@ def join(world: int, ep: int) -> Ranks:
 
 
 def model_of(config: RunConfig, ranks: Ranks) -> Decoder:
-    return build_model(config, ranks, open_dataset(str(config.data.path)))
+    return build_model(config, ranks)
 
 
 def sampler_of(config: RunConfig) -> Sampler:
@@ -128,14 +128,18 @@ class Recorder(Monitor):
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies; of DTensors this rank's part."""
-    local = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in tensors.items()}
-    return {name: tensor.detach().clone() for name, tensor in local.items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def weights(model: Decoder) -> dict[str, Tensor]:
     """Copies of this rank's weights, by name."""
     return copied(model_tensors(model, ALONE))
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of this rank's weights and optimizer moments, by name."""
+    model, optimizer = trainer.model, trainer.optimizer
+    return copied({**model_tensors(model, ALONE), **optimizer_tensors(model, optimizer, ALONE)})
 
 
 def bits_differ(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> list[str]:
