@@ -23,6 +23,7 @@ _TWINS: dict[str, Callable[..., Any]] = {
     "unpermute_backward": twins.unpermute_backward_reference,
     "invert": twins.invert_reference,
 }
+_CHOSEN: dict[tuple[str, str], Callable[..., Any]] = {}
 _NATIVE = {"cpu": tuple(_TWINS), "cuda": ("permute", "unpermute", "unpermute_backward")}
 
 
@@ -36,12 +37,18 @@ class OpStatus(NamedTuple):
     fix: str  # the command that would make it native, or ""
 
 
-@cache
 def kernel(op: str, device: str) -> Callable[..., Any]:
     """The function that runs ``op`` on device type ``device``: the native op, or its twin."""
-    if op in _NATIVE.get(device, ()) and not _load()[device][0]:
-        return getattr(torch.ops.coterie, op).default
-    return _TWINS[op]
+    chosen = _CHOSEN.get((op, device))
+    return _choose(op, device) if chosen is None else chosen
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs the choice, and does not trace it
+def _choose(op: str, device: str) -> Callable[..., Any]:
+    native = op in _NATIVE.get(device, ()) and not _load()[device][0]
+    chosen = getattr(torch.ops.coterie, op).default if native else _TWINS[op]
+    _CHOSEN[op, device] = chosen
+    return chosen
 
 
 def status() -> list[OpStatus]:

@@ -1,0 +1,117 @@
+"""Which ops run native, which fall back, and that the reason is known."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coterie.csrc import build, loader
+
+ROOT = Path(build.__file__).parents[1]
+SCRIPT = """
+import json, torch
+from coterie.csrc import invert, loader, permute, unpermute
+g = torch.Generator().manual_seed(5)
+token_A = torch.randint(9, (30,), generator=g)
+x_TD = torch.randn(9, 33, generator=g, dtype=torch.float64).requires_grad_()
+weight_A = torch.randn(30, generator=g, dtype=torch.float64).requires_grad_()
+inverse = invert(token_A, 9)
+y_TD = unpermute(permute(x_TD, token_A, inverse).sin(), weight_A, token_A, inverse)
+y_TD.square().sum().backward()
+sums = [t.detach().square().sum().item() for t in (y_TD, x_TD.grad, weight_A.grad)]
+cpu = [r for r in loader.status() if r.device == "cpu"]
+print(json.dumps({"sums": sums, "native": [r.native for r in cpu], "reason": cpu[0].reason}))
+"""
+
+
+def run(folder: Path, **environment: str) -> tuple[dict, str]:
+    """The script's answer in a new process started in ``folder``, and its stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of csrc that can be damaged, importable from its root."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "coterie.py", tmp_path)
+    return tmp_path
+
+
+needs_native = pytest.mark.skipif(
+    not loader.status()[0].native, reason=f"native ops: {loader.status()[0].reason}"
+)
+
+
+def test_told_to_use_twins() -> None:
+    twins, errors = run(ROOT, COTERIE_NATIVE="0")
+    assert (twins["reason"], any(twins["native"]), errors) == ("COTERIE_NATIVE=0", False, "")
+    as_is, _ = run(ROOT)
+    assert twins["sums"] == pytest.approx(as_is["sums"], rel=1e-13)
+
+
+@needs_native
+def test_a_damaged_library_is_not_used_and_is_reported(checkout: Path) -> None:
+    (checkout / "csrc" / build.library_name("cpu")).write_bytes(b"not a library")
+    answer, errors = run(checkout)
+    assert answer["reason"].startswith("loading failed: ") and not any(answer["native"])
+    assert "coterie: cpu ops: loading failed" in errors
+
+
+@pytest.fixture
+def folder(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same copy, looked at by the loader of this process."""
+    monkeypatch.setattr(loader, "_HERE", checkout / "csrc")
+    monkeypatch.delenv("COTERIE_NATIVE", raising=False)
+    return checkout / "csrc"
+
+
+def test_never_built(folder: Path) -> None:
+    (folder / build.REPORT).unlink(missing_ok=True)
+    assert loader._missing("cpu") == ("not built", build.COMMAND)
+
+
+@needs_native
+def test_built_and_whole(folder: Path) -> None:
+    assert loader._missing("cpu") == ("", "")
+
+
+@needs_native
+@pytest.mark.parametrize("name", build.SOURCES)
+def test_sources_newer_than_the_libraries(folder: Path, name: str) -> None:
+    with (folder / name).open("a") as source:
+        source.write("// changed\n")
+    with pytest.warns(UserWarning, match=f"older than their sources .*: {build.COMMAND}"):
+        assert loader._missing("cpu") == ("older than its sources", build.COMMAND)
+
+
+@needs_native
+def test_a_lost_library(folder: Path) -> None:
+    (folder / build.library_name("cpu")).unlink()
+    assert loader._missing("cpu") == ("the library file is gone", build.COMMAND)
+
+
+@needs_native
+def test_the_reason_of_the_build_is_kept(folder: Path) -> None:
+    report = json.loads((folder / build.REPORT).read_text())
+    report["libraries"]["cpu"] = {"built": False, "reason": "no C++ compiler", "fix": "do this"}
+    (folder / build.REPORT).write_text(json.dumps(report))
+    assert loader._missing("cpu") == ("no C++ compiler", "do this")
+
+
+def test_status_names_every_op_on_both_devices() -> None:
+    ops = ("permute", "unpermute", "unpermute_backward", "invert")
+    assert [(r.device, r.op) for r in loader.status()] == [
+        (device, op) for device in ("cpu", "cuda") for op in ops
+    ]
+    assert all(r.native or r.reason for r in loader.status())
