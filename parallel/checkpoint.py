@@ -219,9 +219,7 @@ class Checkpointer:
                 f"the checkpoint of step {self._step} could not be written to {self.folder} "
                 f"(rank {rank}: {cause.strerror or cause}); {intact}"
             )
-        return RuntimeError(
-            f"saving the checkpoint of step {self._step} failed on rank {rank}: {cause}"
-        )
+        return RuntimeError(f"saving the checkpoint of step {self._step} failed: {cause}")
 
 
 def load_tensors(
@@ -268,10 +266,10 @@ def load_tensors(
             no_dist=group is None,
         )
     except CheckpointException as failure:
-        rank, cause = _first_failure(failure)
+        _, cause = _first_failure(failure)
         if isinstance(cause, SafetensorError | AssertionError | OSError):
             raise damaged(path, f"its files are not what {path.name} lists ({cause})") from failure
-        raise RuntimeError(f"loading checkpoint {path} failed on rank {rank}") from failure
+        raise RuntimeError(f"loading checkpoint {path} failed: {cause}") from failure
 
 
 def _check_match(path: Path, manifest: Manifest, into: dict[str, Tensor]) -> None:
@@ -294,7 +292,7 @@ def _check_match(path: Path, manifest: Manifest, into: dict[str, Tensor]) -> Non
 
 
 def _first_failure(error: BaseException) -> tuple[int, BaseException]:
-    """The lowest rank that failed, and its exception."""
+    """The lowest rank that failed, and its exception; rank -1 when the ranks could not tell."""
     if isinstance(error, CheckpointException):
         rank = min(error.failures)
         return rank, error.failures[rank][0]

@@ -97,8 +97,7 @@ class Stager:
             assert item.tensor_data is not None
             if local.shape != item.tensor_data.chunk.sizes:
                 raise ValueError(f"the local part of tensor {name!r} is not one box of the whole")
-            # DCP knows a chunk by name and offset. An empty shard has nothing to write, and could
-            # have the offset of a full one.
+            # An empty shard has nothing to write or to list; a tensor empty as a whole is listed.
             if local.numel() == 0 and tensor.numel() > 0:
                 continue
             items.append(item)

@@ -280,7 +280,12 @@ def test_two_expert_ranks_to_one_process_and_back(tmp_path: Path) -> None:
     assert files == ["rank_00000.safetensors", "rank_00001.safetensors", "state.json"]
     path = tmp_path / "step_00000001"
     assert read_state(path) == {"of": 0}
-    assert read_manifest(path).world_size == 2
+    manifest = read_manifest(path)
+    assert manifest.world_size == 2
+    chunks = {name: len(entry.chunks) for name, entry in manifest.tensors.items()}
+    assert chunks == {
+        "experts.w": 2, "experts.moment": 2, "one": 1, "none": 1, "ids": 1, "mask": 1
+    }  # fmt: skip
     into = poisoned(whole())
     load_tensors(path, into)
     assert all(same_bits(into[name], x) for name, x in whole().items())
