@@ -1,0 +1,259 @@
+"""What a run reports: metrics.jsonl, TensorBoard's files, and the terminal."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+
+from coterie.parallel.monitors import JsonLines, RunFacts, TensorBoard, Terminal
+from coterie.parallel.monitors.tensorboard import heat_map
+from coterie.parallel.step import StepReport
+
+LOAD = {1: [6, 1, 2, 3], 2: [4, 4]}
+
+
+def facts(folder: Path, steps: int = 10, first: int = 0) -> RunFacts:
+    return RunFacts(folder, steps, first, image_levels=5)
+
+
+def report(step: int) -> StepReport:
+    return StepReport(
+        step=step,
+        loss=5.0 - step / 8,
+        router_losses={"balance": 0.25, "z": 0.5 / step},
+        grad_norm=2.0,
+        lr=0.125,
+        tokens=100,
+        load=LOAD,
+        dropped={1: 3, 2: 1},
+        entropy={1: 1.5, 2: 0.5},
+        seconds=0.5,
+        stop=False,
+    )
+
+
+# --- metrics.jsonl ------------------------------------------------------------------------------
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_jsonl(folder: Path, first: int, until: int, every: int = 1, steps: int = 10) -> None:
+    monitor = JsonLines(every)
+    monitor.start(facts(folder, steps, first))
+    for step in range(first + 1, until + 1):
+        monitor.step(report(step))
+        if step % 2 == 0:
+            monitor.evaluation(step, {"loss": 4.0, "loss/text": 3.5})
+    monitor.close()
+
+
+def test_a_line_holds_the_step(tmp_path: Path) -> None:
+    run_jsonl(tmp_path, 0, 2)
+    first, second, evaluation = lines(tmp_path)
+    assert first == {
+        "step": 1,
+        "loss": 4.875,
+        "router/balance": 0.25,
+        "router/z": 0.5,
+        "grad_norm": 2.0,
+        "lr": 0.125,
+        "tokens": 100,
+        "tokens_per_second": 200.0,
+        "skew": 2.0,
+        "dropped": 4,
+        "load": {"1": [6, 1, 2, 3], "2": [4, 4]},
+    }
+    assert second["step"] == 2 and second["router/z"] == 0.25
+    assert evaluation == {"step": 2, "held_out/loss": 4.0, "held_out/loss/text": 3.5}
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_every_so_many_steps_and_the_last(every: int, expected: list[int], tmp_path: Path) -> None:
+    run_jsonl(tmp_path, 0, 5, every, steps=5)
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == expected
+
+
+@pytest.mark.parametrize(
+    "torn", ["", '{"step": 8, "lo', "null", "[1]", '{"loss": 3}', '{"step": "x"}', "\0\0\0"]
+)
+def test_after_a_resume_each_step_stands_there_once(torn: str, tmp_path: Path) -> None:
+    run_jsonl(tmp_path, 0, 7)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    run_jsonl(tmp_path, 5, 10)
+    found = lines(tmp_path)
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 11))
+    assert [line["step"] for line in found if "held_out/loss" in line] == [2, 4, 6, 8, 10]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_line_of_a_step_that_is_kept_is_dropped(tmp_path: Path) -> None:
+    run_jsonl(tmp_path, 0, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss"')
+    run_jsonl(tmp_path, 3, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2, 4, 4]
+
+
+def test_lines_are_there_while_the_run_goes_on(tmp_path: Path) -> None:
+    monitor = JsonLines(1)
+    monitor.start(facts(tmp_path))
+    monitor.step(report(1))
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    monitor.close()
+
+
+# --- TensorBoard --------------------------------------------------------------------------------
+
+
+def run_tensorboard(folder: Path, first: int, until: int, steps: int = 5) -> None:
+    monitor = TensorBoard(every=2, heat_map_every=4)
+    monitor.start(facts(folder, steps, first))
+    for step in range(first + 1, until + 1):
+        monitor.step(report(step))
+    monitor.evaluation(until, {"loss": 4.0, "loss/image": 3.5})
+    monitor.images(until, {"a digit two": np.array([[0, 1], [3, 4]])})
+    monitor.close()
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def picture(event: Any) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+
+
+def test_scalars_can_be_read_back(tmp_path: Path) -> None:
+    run_tensorboard(tmp_path, 0, 5)
+    found = events(tmp_path)
+    points = {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+    assert points == {
+        "train/loss": {2: 4.75, 4: 4.5, 5: 4.375},
+        "train/grad_norm": dict.fromkeys((2, 4, 5), 2.0),
+        "train/lr": dict.fromkeys((2, 4, 5), 0.125),
+        "train/tokens_per_second": dict.fromkeys((2, 4, 5), 200.0),
+        "router/balance": dict.fromkeys((2, 4, 5), 0.25),
+        "router/z": {2: 0.25, 4: 0.125, 5: pytest.approx(0.1)},
+        "router/skew": dict.fromkeys((2, 4, 5), 2.0),
+        "router/dropped": dict.fromkeys((2, 4, 5), 4.0),
+        "router/entropy/layer 1": dict.fromkeys((2, 4, 5), 1.5),
+        "router/entropy/layer 2": dict.fromkeys((2, 4, 5), 0.5),
+        "held_out/loss": {5: 4.0},
+        "held_out/loss/image": {5: 3.5},
+    }
+
+
+def test_pictures_can_be_read_back(tmp_path: Path) -> None:
+    run_tensorboard(tmp_path, 0, 5)
+    found = events(tmp_path)
+    assert sorted(found.Tags()["images"]) == ["generated/a digit two", "load"]
+    loads = found.Images("load")
+    assert [event.step for event in loads] == [4, 5]
+    for event in loads:
+        np.testing.assert_array_equal(picture(event), heat_map(LOAD))
+    (drawn,) = found.Images("generated/a digit two")
+    assert drawn.step == 5
+    grey = picture(drawn)
+    assert grey.shape == (32, 32, 3)
+    expected = np.array([[0, 63], [191, 255]]).repeat(16, 0).repeat(16, 1)
+    np.testing.assert_array_equal(grey, np.stack([expected] * 3, -1))
+
+
+def test_after_a_resume_each_point_is_there_once(tmp_path: Path) -> None:
+    run_tensorboard(tmp_path, 0, 8, steps=20)  # the checkpoint was of step 5
+    run_tensorboard(tmp_path, 5, 12, steps=20)
+    found = events(tmp_path)
+    assert [e.step for e in found.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [e.step for e in found.Images("load")] == [4, 8, 12]
+    assert [e.step for e in found.Scalars("held_out/loss")] == [12]
+
+
+# --- the heat map -------------------------------------------------------------------------------
+
+
+def colour(value: float) -> npt.NDArray[np.uint8]:
+    return np.round(np.array(matplotlib.colormaps["coolwarm"](value))[:3] * 255).astype(np.uint8)
+
+
+def area(image_HWC: npt.NDArray[np.uint8], shade: npt.NDArray[np.uint8]) -> int:
+    return int((abs(image_HWC.astype(int) - shade).max(-1) <= 1).sum())
+
+
+EVEN, NONE, TWICE = colour(0.5), colour(0.0), colour(1.0)
+
+
+def test_heat_map_shows_rows_over_the_even_share() -> None:
+    image = heat_map({0: [5, 5, 5, 5]})
+    assert image.dtype == np.uint8 and image.shape[2] == 3
+    cell = area(image, EVEN) / 4
+    assert cell > 100
+    np.testing.assert_array_equal(image, heat_map({0: [80, 80, 80, 80]}))
+    hot = heat_map({0: [10, 0, 5, 5]})
+    for shade, cells in ((TWICE, 1), (NONE, 1), (EVEN, 2)):
+        assert area(hot, shade) / cell == pytest.approx(cells, rel=0.1)
+    # twice the share and more look alike
+    assert area(heat_map({0: [20, 0, 0, 0]}), TWICE) / cell == pytest.approx(1, rel=0.1)
+
+
+def test_heat_map_of_layers_with_different_numbers_of_experts() -> None:
+    full = heat_map({0: [3, 3, 3, 3], 4: [1, 1, 1, 1]})
+    ragged = heat_map({0: [3, 3], 4: [1, 1, 1, 1]})
+    assert full.shape == ragged.shape
+    assert area(ragged, EVEN) / area(full, EVEN) == pytest.approx(6 / 8, rel=0.03)
+    white = np.array([255, 255, 255])
+    missing = area(ragged, white) - area(full, white)
+    assert missing / (area(full, EVEN) / 8) == pytest.approx(2, rel=0.1)
+    taller = heat_map({layer: [1, 1] for layer in range(9)})
+    assert taller.shape[0] > full.shape[0]
+    assert heat_map({0: [0, 0]}).shape[2] == 3  # no rows at all
+
+
+# --- the terminal -------------------------------------------------------------------------------
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=40), every=3)
+    terminal.start(facts(tmp_path, steps=7))
+    for step in range(1, 8):
+        terminal.step(report(step))
+    terminal.evaluation(7, {"loss": 4.0, "loss/text": 3.5})
+    terminal.message("[bold]not markup[/bold] " + "x" * 60)
+    terminal.close()
+    assert out.getvalue().splitlines() == [
+        "step 3/7  loss 4.625  200 tokens/s  skew 2.00",
+        "step 6/7  loss 4.250  200 tokens/s  skew 2.00",
+        "step 7/7  loss 4.125  200 tokens/s  skew 2.00",
+        "step 7: held-out loss 4.000  loss/text 3.500 (nats per token)",
+        "[bold]not markup[/bold] " + "x" * 60,
+    ]
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=120, force_terminal=True, color_system=None))
+    terminal.start(facts(tmp_path, steps=7, first=3))
+    for step in range(4, 7):
+        terminal.step(report(step))
+    terminal.message("by the way")
+    terminal.close()
+    drawn = out.getvalue()
+    assert "step 3/7" in drawn and "step 6/7" in drawn
+    assert "loss 4.250  200 tokens/s  skew 2.00" in drawn
+    assert "by the way" in drawn
+    assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")  # the cursor is shown again
