@@ -20,7 +20,15 @@ from coterie.parallel.micro_batch import token_info
 from coterie.parallel.optimizer import build_optimizer
 from coterie.parallel.precision import autocast, bf16_slowdown, parameter_dtype, resolve
 from coterie.parallel.step import StepReport, StepSettings, train_step
-from tests.parallel.tiny import ALONE, model_of, relative_error, sampler_of, tiny_config
+from tests.parallel.tiny import (
+    ALONE,
+    SEQUENCE,
+    VOCABULARY,
+    model_of,
+    relative_error,
+    sampler_of,
+    tiny_config,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -135,6 +143,26 @@ def test_routing_is_counted_once(accumulation: int, recompute: bool, data: Path)
         mean = sum(found["entropy"]) / len(found["entropy"])
         assert report.entropy[layer] == pytest.approx(mean, rel=1e-12)
         assert sum(report.load[layer]) + report.dropped[layer] == 2 * report.tokens
+
+
+def test_token_facts_come_from_the_batch(data: Path) -> None:
+    """Keys are those of (seed, sample, position): not of the place in a batch."""
+    sampler = sampler_of(tiny_config(data))
+    whole = sampler.batch(2)
+    info = token_info(whole, 3)
+    assert info.modality_T is not None and info.padding_T is not None
+    assert info.sequence_T is not None and info.document_T is not None
+    assert torch.equal(info.modality_T.view(8, -1), whole.modality_BS)
+    assert torch.equal(info.padding_T.view(8, -1), whole.tokens_BS == VOCABULARY.pad)
+    assert torch.equal(info.document_T.view(8, -1), whole.segment_BS)
+    assert info.sequence_T.tolist() == [row for row in range(8) for _ in range(SEQUENCE)]
+    assert info.key_T is not None and info.key_T.unique().numel() == 8 * SEQUENCE
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    parts = [token_info(sampler.batch(2, micro, 2, rank, 2), 3).key_T for micro, rank in places]
+    assert torch.equal(torch.cat([part for part in parts if part is not None]), info.key_T)
+    for other in (token_info(whole, 4).key_T, token_info(sampler.batch(3), 3).key_T):
+        assert other is not None and not torch.isin(other, info.key_T).any()
+    assert token_info(whole).key_T is None
 
 
 def report_with(load: dict[int, list[int]]) -> StepReport:
