@@ -7,7 +7,8 @@ the first op is called (or ``status`` asked), not later.
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,18 @@ def _choose(op: str, device: str) -> Callable[..., Any]:
     chosen = getattr(torch.ops.coterie, op).default if native else _TWINS[op]
     _CHOSEN[op, device] = chosen
     return chosen
+
+
+@contextmanager
+def twins_only() -> Iterator[None]:
+    """Inside, every op runs its plain PyTorch twin: for comparisons, in one process and thread."""
+    before = dict(_CHOSEN)
+    _CHOSEN.update({(op, device): _TWINS[op] for op in _TWINS for device in build.LIBRARIES})
+    try:
+        yield
+    finally:
+        _CHOSEN.clear()
+        _CHOSEN.update(before)
 
 
 def status() -> list[OpStatus]:

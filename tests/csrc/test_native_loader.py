@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.csrc import build, loader
+from coterie.csrc import build, loader, twins
 
 ROOT = Path(build.__file__).parents[1]
 SCRIPT = """
@@ -54,10 +54,10 @@ needs_native = pytest.mark.skipif(
 
 
 def test_told_to_use_twins() -> None:
-    twins, errors = run(ROOT, COTERIE_NATIVE="0")
-    assert (twins["reason"], any(twins["native"]), errors) == ("COTERIE_NATIVE=0", False, "")
+    told, errors = run(ROOT, COTERIE_NATIVE="0")
+    assert (told["reason"], any(told["native"]), errors) == ("COTERIE_NATIVE=0", False, "")
     as_is, _ = run(ROOT)
-    assert twins["sums"] == pytest.approx(as_is["sums"], rel=1e-13)
+    assert told["sums"] == pytest.approx(as_is["sums"], rel=1e-13)
 
 
 @needs_native
@@ -107,6 +107,14 @@ def test_the_reason_of_the_build_is_kept(folder: Path) -> None:
     report["libraries"]["cpu"] = {"built": False, "reason": "no C++ compiler", "fix": "do this"}
     (folder / build.REPORT).write_text(json.dumps(report))
     assert loader._missing("cpu") == ("no C++ compiler", "do this")
+
+
+def test_twins_only_inside_the_block() -> None:
+    before = loader.kernel("permute", "cpu")
+    with loader.twins_only():
+        assert loader.kernel("permute", "cpu") is twins.permute_reference
+        assert loader.kernel("unpermute", "cuda") is twins.unpermute_reference
+    assert loader.kernel("permute", "cpu") is before
 
 
 def test_status_names_every_op_on_both_devices() -> None:
