@@ -39,7 +39,7 @@ def decoder(
     recompute: bool = False,
     seed: int = 0,
 ) -> Decoder:
-    """Initialised, with routers and embedding large enough for every token to matter."""
+    """Initialised; embedding, routers and experts large enough for every choice to matter."""
     model = Decoder(settings, exchange, group, recompute).double()
     initialise(model, seed, residual_branches=2 * settings.layers)
     with torch.no_grad():
@@ -47,6 +47,8 @@ def decoder(
         for name, parameter in model.named_parameters():
             if "router" in name:
                 parameter.mul_(50)
+            if "experts.w_out" in name:
+                parameter.mul_(10)
     return model
 
 

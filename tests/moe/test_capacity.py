@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,12 +89,14 @@ def test_one_sequence_without_padding_needs_no_tensors_that_say_so(
     assert torch.equal(keep_TK, truth)
 
 
-def test_a_product_that_rounds_up_does_not_open_a_place() -> None:
-    """1.1 · 10 · 1 / 1 is 11.000000000000002 in floating point; no expert has 12 places."""
-    expert_TK = torch.zeros(10, 1, dtype=torch.int64)
-    for factor, kept in ((0.7, 7), (0.3, 3), (0.1, 1), (0.11, 2)):
-        keep = within_capacity(expert_TK, expert_TK.float(), None, None, 1, factor, False)
-        assert int(keep.sum()) == kept
+@pytest.mark.parametrize(
+    ("tokens", "factor", "kept"), [(20, 0.55, 11), (100, 0.07, 7), (9, 0.5, 5)]
+)
+def test_a_product_that_rounds_up_opens_no_place(tokens: int, factor: float, kept: int) -> None:
+    """20 · 0.55 is 11.000000000000002 in floating point: eleven places, not twelve."""
+    expert_TK = torch.zeros(tokens, 1, dtype=torch.int64)
+    keep = within_capacity(expert_TK, expert_TK.float(), None, None, 1, factor, False)
+    assert int(keep.sum()) == kept
 
 
 def test_sequences_do_not_compete() -> None:
