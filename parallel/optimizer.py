@@ -16,7 +16,7 @@ class OptimizerConfig(Config):
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
     final_lr: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Where the decay ends, after the last step: a fraction of the peak."""
     warmup: int = Field(default=50, ge=0)
     """Steps of linear warm-up from zero."""
     betas: tuple[float, float] = (0.9, 0.95)

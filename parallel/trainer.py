@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer, load_tensors, read_state
@@ -77,7 +78,7 @@ class Trainer:
         self.step = 0
         self.metrics: dict[str, float] = {}
         self._saved = 0
-        self._evaluated = 0
+        self._folder = checkpointer.folder
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``; all ranks call. Raises UserError as ``load_tensors`` does."""
@@ -93,8 +94,9 @@ class Trainer:
 
         Raises:
             NonFiniteError: with the last good checkpoint named.
-            UserError: a checkpoint could not be written.
+            UserError: a checkpoint or a report could not be written.
         """
+        self._folder = folder
         levels = self.sampler.dataset.vocabulary.levels
         facts = RunFacts(folder, self.train.steps, self.step, levels)
         stopped = False
@@ -180,7 +182,13 @@ class Trainer:
 
     def _tell(self, event: Callable[[Monitor], None]) -> None:
         for monitor in self.monitors:
-            event(monitor)
+            try:
+                event(monitor)
+            except OSError as error:
+                raise UserError(
+                    f"what step {self.step} did could not be reported in {self._folder}: "
+                    f"{error.strerror or error}"
+                ) from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The training loop: exact resume, other layouts, signals, and what is due when."""
 
+import errno
 import os
 import signal
 import time
@@ -219,6 +220,24 @@ def test_monitors_are_closed_when_a_step_fails(data: Path, tmp_path: Path) -> No
         with pytest.raises(ZeroDivisionError):
             trainer.run(tmp_path)
     assert images.closed == 1
+
+
+@pytest.mark.parametrize("event", ["step", "evaluation"])
+def test_a_report_that_cannot_be_written_is_a_sentence(
+    event: str, data: Path, tmp_path: Path
+) -> None:
+    full = _Images()
+
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    setattr(full, event, write)
+    with (
+        started(config_of(data), ALONE, tmp_path, full) as (trainer, _),
+        pytest.raises(UserError, match=rf"reported in {tmp_path}: No space left on device$"),
+    ):
+        trainer.run(tmp_path)
+    assert full.closed == 1
 
 
 # --- signals ------------------------------------------------------------------------------------
