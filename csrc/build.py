@@ -60,9 +60,9 @@ def library_name(device: str) -> str:
 
 
 def source_hash(folder: Path) -> str:
-    """A hash of the native sources in ``folder``, to tell when libraries are out of date."""
+    """A hash of the native sources and of this file, to tell when libraries are out of date."""
     digest = hashlib.sha256()
-    for name in SOURCES:
+    for name in (*SOURCES, "build.py"):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -124,6 +124,11 @@ def find_cuda() -> Path:
     raise Skipped("no CUDA toolkit (nvcc)", f"CUDA_HOME=/path/to/cuda {COMMAND}")
 
 
+def cuda_archs() -> list[str]:
+    """The GPU architectures to compile for, as nvcc spells them; ``90a`` is a Hopper GPU."""
+    return [arch.strip() for arch in os.environ.get("COTERIE_CUDA_ARCHS", "90a").split(",")]
+
+
 def cpu_command(source: Path, output: Path, torch: Torch) -> list[str]:
     """The command that compiles rows.cpp."""
     return [
@@ -139,11 +144,10 @@ def cuda_command(source: Path, output: Path, torch: Torch) -> list[str]:
     if os.environ.get("COTERIE_SKIP_CUDA") == "1":
         raise Skipped("COTERIE_SKIP_CUDA=1", f"env -u COTERIE_SKIP_CUDA {COMMAND}")
     home, compiler = find_cuda(), find_compiler()
-    archs = os.environ.get("COTERIE_CUDA_ARCHS", "90a").split(",")
     return [
         *[f"{home}/bin/nvcc", "-ccbin", compiler[-1], "-O3", "-std=c++20", "-shared", "-lineinfo"],
         *["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-DUSE_CUDA", _TARGET],
-        *[f"-gencode=arch=compute_{arch.strip()},code=sm_{arch.strip()}" for arch in archs],
+        *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()],
         *["-isystem", f"{torch.path}/include", str(source / "rows.cu"), "-o", str(output)],
         *[f"-L{torch.path}/lib", "-ltorch", "-ltorch_cpu", "-lc10"],
     ]
@@ -181,6 +185,8 @@ def build(source: Path, target: Path) -> dict[str, Any]:
             command = makers[device](source, output.with_suffix(f".{os.getpid()}"), torch)
             _compile(command, output)
             entry = {"built": True, "compiler": _version(command[0])}
+            if device == "cuda":
+                entry["archs"] = cuda_archs()
         except Skipped as skip:
             output.unlink(missing_ok=True)
             entry = {"built": False, "reason": skip.reason, "fix": skip.fix, "log": skip.log}

@@ -46,7 +46,7 @@ def kernel(op: str, device: str) -> Callable[..., Any]:
 
 @torch.compiler.assume_constant_result  # torch.compile runs the choice, and does not trace it
 def _choose(op: str, device: str) -> Callable[..., Any]:
-    native = op in _NATIVE.get(device, ()) and not _load()[device][0]
+    native = op in _NATIVE.get(device, ()) and not _absence(device)[0]
     chosen = getattr(torch.ops.coterie, op).default if native else _TWINS[op]
     _CHOSEN[op, device] = chosen
     return chosen
@@ -68,13 +68,42 @@ def status() -> list[OpStatus]:
     """One record for each op and device type, for ``coterie doctor``."""
     records = []
     for device in build.LIBRARIES:
-        reason, fix = _load()[device]
+        reason, fix = _absence(device)
         for op in _TWINS:
             if op in _NATIVE[device]:
                 records.append(OpStatus(op, device, not reason, reason, fix))
             else:
                 records.append(OpStatus(op, device, False, "PyTorch's own sort is used", ""))
     return records
+
+
+def _absence(device: str) -> tuple[str, str]:
+    """Why the ops of ``device`` are not native, and the fix; ('', '') when they are."""
+    reason, fix = _load()[device]
+    if reason or device != "cuda":
+        return reason, fix
+    if not torch.cuda.is_available():
+        return "compiled, but torch sees no CUDA device", ""
+    archs = json.loads((_HERE / build.REPORT).read_text())["libraries"]["cuda"]["archs"]
+    return _gpu_mismatch(archs, torch.cuda.get_device_capability())
+
+
+def _gpu_mismatch(archs: list[str], capability: tuple[int, int]) -> tuple[str, str]:
+    """Why machine code for ``archs`` does not run on a GPU of this capability, and the fix.
+
+    It runs on its own major version from its minor on; with a suffix (90a), on that one only.
+    """
+    major, minor = capability
+    for arch in archs:
+        number = int(arch.rstrip("abcdefghijklmnopqrstuvwxyz"))
+        newer = arch.isdigit() and number // 10 == major and number % 10 <= minor
+        if newer or number == 10 * major + minor:
+            return "", ""
+    here = f"{major}{minor}"
+    return (
+        f"compiled for sm_{', sm_'.join(archs)}, but this GPU is sm_{here}",
+        f"COTERIE_CUDA_ARCHS={','.join([*archs, here])} {build.COMMAND}",
+    )
 
 
 @cache
@@ -92,8 +121,6 @@ def _load() -> dict[str, tuple[str, str]]:
                 warnings.warn(f"coterie: {device} ops: {missing[device][0]}", stacklevel=2)
     if not missing["cpu"][0]:
         from coterie.csrc import fake  # noqa: F401  (registers shapes; needs the ops defined)
-    if not missing["cuda"][0] and not torch.cuda.is_available():
-        missing["cuda"] = ("compiled, but torch sees no CUDA device", "")
     return missing
 
 

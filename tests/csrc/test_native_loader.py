@@ -123,3 +123,25 @@ def test_status_names_every_op_on_both_devices() -> None:
         (device, op) for device in ("cpu", "cuda") for op in ops
     ]
     assert all(r.native or r.reason for r in loader.status())
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["90a"], (9, 0), True),
+        (["90a"], (10, 0), False),
+        (["80"], (8, 6), True),
+        (["86"], (8, 0), False),
+        (["80"], (9, 0), False),
+        (["80", "120f"], (12, 0), True),
+    ],
+)
+def test_a_gpu_that_the_code_was_not_compiled_for(
+    archs: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    reason, fix = loader._gpu_mismatch(archs, capability)
+    assert bool(reason) != runs
+    if not runs:
+        gpu = f"{capability[0]}{capability[1]}"
+        assert f"this GPU is sm_{gpu}" in reason
+        assert fix == f"COTERIE_CUDA_ARCHS={','.join([*archs, gpu])} {build.COMMAND}"

@@ -133,6 +133,11 @@ def test_half_precision_error_is_at_most_twice_the_twins(dtype: torch.dtype) -> 
     )
     assert ours < error(naive, expected)
 
+    args = (case.x_TD, case.token_A, case.weight_A)
+    expected = loop_permute(*args)
+    ours, theirs = (error(way("permute")(*args), expected) for way in (native, twin))
+    assert 0 < ours <= 2 * theirs
+
     args = (case.x_TD, case.x_AD, case.weight_A, case.token_A)
     pairs = zip(native("unpermute_backward")(*args), twin("unpermute_backward")(*args), strict=True)
     for (ours_, theirs_), expected in zip(pairs, loop_backward(*args), strict=True):
@@ -285,6 +290,31 @@ def test_compiles_without_a_graph_break() -> None:
         loss = function(x_TD, weight_A).square().sum()
         gradients.append(torch.autograd.grad(loss, (x_TD, weight_A)))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(
+    not any(r.native for r in loader.status() if r.device == "cuda"),
+    reason=f"native CUDA ops: {loader.status()[4].reason}",
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (50, 150, 512), (0, 0, 8), (4, 0, 8)], ids=str)
+def test_cuda_equals_the_twins(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tokens, rows, width = shape
+    case = Case(tokens, rows, width, dtype, seed=18)
+    inverse = invert(case.token_A.cuda(), tokens)
+    for one, other in zip(inverse, case.inverse(twin), strict=True):
+        assert torch.equal(one.cpu(), other)
+    calls = {
+        "permute": (case.x_TD, case.token_A, case.weight_A),
+        "unpermute": (case.x_AD, case.weight_A, *case.inverse(twin)),
+        "unpermute_backward": (case.x_TD, case.x_AD, case.weight_A, case.token_A),
+    }
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+    for op, args in calls.items():
+        on_gpu = loader.kernel(op, "cuda")(*(t.cuda() for t in args))
+        again = loader.kernel(op, "cuda")(*(t.cuda() for t in args))
+        torch.testing.assert_close(on_gpu, twin(op)(*args), check_device=False, **tolerance)
+        torch.testing.assert_close(on_gpu, again, rtol=0, atol=0)  # no atomics: the same bits
 
 
 @pytest.mark.parametrize("op", OPS)
