@@ -1,16 +1,15 @@
 """What the documentation shows works: commands, code, links, and the generated reference."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
+from tests.distributed import run_ranks
 from tests.docs import commands
-from tests.docs.blocks import ROOT, Block, blocks, pages, prose
+from tests.docs.blocks import ROOT, blocks, pages, prose
 from tests.docs.commands import DocumentationError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -86,37 +85,17 @@ def test_code_runs(place: Path, page: str) -> None:
         commands.run("coterie train quickstart 'evaluation.prompts=[]'")
     namespace: dict[str, object] = {"__name__": page}
     for block in found:
+        source = "\n" * (block.line - 1) + block.text  # errors name the page's line
         if block.text.startswith(TORCHRUN):
-            run_on_ranks(block, place / "block.py")
+            run_ranks(RANKS, run_on_rank, source, str(ROOT / page))
         else:
-            source = "\n" * (block.line - 1) + block.text  # errors name the page's line
             exec(compile(source, str(ROOT / page), "exec"), namespace)
 
 
-def run_on_ranks(block: Block, file: Path) -> None:
-    """As torchrun would, with one import of torch less."""
-    file.write_text(block.text)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = []
-    for rank in range(RANKS):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        command = [sys.executable, str(file)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [process.communicate(timeout=100)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * RANKS, "\n".join(said)
+def run_on_rank(rank: int, source: str, page: str) -> None:
+    """The block as torchrun would run it, in a process that has joined the group already."""
+    with patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group"):
+        exec(compile(source, page, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("page", pages(), ids=named)
