@@ -252,11 +252,15 @@ class _At(Monitor):
             self.act()
 
 
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     number: signal.Signals, data: Path, tmp_path: Path
 ) -> None:
-    before = signal.getsignal(number)
+    before = handlers()
     at_two = _At(2, lambda: signal.raise_signal(number))
     with started(config_of(data), ALONE, tmp_path, at_two) as (trainer, recorder):
         outcome = trainer.run(tmp_path)
@@ -264,11 +268,11 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     assert (outcome.step, outcome.finished) == (3, False)
     assert len(recorder.reports) == 3
     assert saved is not None and step_of(saved) == 3
-    assert signal.getsignal(number) is before
+    assert handlers() == before
 
 
 def test_a_second_signal_acts_at_once(data: Path, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = handlers()
 
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -280,7 +284,7 @@ def test_a_second_signal_acts_at_once(data: Path, tmp_path: Path) -> None:
     ):
         trainer.run(tmp_path)
     assert len(recorder.reports) == 2 and trainer.step == 2
-    assert signal.getsignal(signal.SIGINT) is before
+    assert handlers() == before
 
 
 class _Progress(Monitor):
