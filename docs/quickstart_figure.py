@@ -68,9 +68,9 @@ def compose(
     """One figure: the losses at the left, digits above expert loads at the right."""
     figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[1, 1.25]))
     _draw_losses(left.subplots(), steps, evaluations)
-    top, bottom = right.subfigures(2, 1, height_ratios=[1.35, 1])
+    top, bottom = np.ravel(right.subfigures(2, 1, height_ratios=[1.35, 1]))
     if images:
         _draw_images(top.subplots(2, -(-len(images) // 2), squeeze=False), images)
     top.suptitle("drawn after the last step, one sample for each caption", fontsize=9)
@@ -129,7 +129,7 @@ def _draw_loads(figure: Any, steps: list[dict[str, Any]]) -> None:
     grid = figure.subplots(1, 2, sharey=True)
     for axes, records in zip(grid, (with_load[:1], with_load[-_AVERAGED:]), strict=True):
         layers = list(records[0]["load"])
-        rows_LE = sum(np.array([r["load"][layer] for layer in layers]) for r in records)
+        rows_LE = np.sum([[r["load"][layer] for layer in layers] for r in records], axis=0)
         share_LE = rows_LE / rows_LE.mean(axis=1, keepdims=True)
         drawn = axes.imshow(share_LE, cmap="coolwarm", vmin=0, vmax=2, aspect="auto")
         first, last = records[0]["step"], records[-1]["step"]
