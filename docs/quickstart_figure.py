@@ -68,9 +68,10 @@ def compose(
     """One figure: the losses at the left, digits above expert loads at the right."""
     figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[1, 1.25]))
+    columns: Any = figure.subfigures(1, 2, width_ratios=[1, 1.25])
+    left, right = columns
     _draw_losses(left.subplots(), steps, evaluations)
-    top, bottom = np.ravel(right.subfigures(2, 1, height_ratios=[1.35, 1]))
+    top, bottom = right.subfigures(2, 1, height_ratios=[1.35, 1])
     if images:
         _draw_images(top.subplots(2, -(-len(images) // 2), squeeze=False), images)
     top.suptitle("drawn after the last step, one sample for each caption", fontsize=9)
