@@ -29,7 +29,7 @@ $(VENV)/bin/python:
 	  echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
 
 # torch first: the native ops are compiled against the torch that will run them
-$(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.txt csrc/rows.h csrc/rows.cpp csrc/rows.cu
+$(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu) csrc/build.py
 	@echo "== installing torch and tools into $(VENV) (minutes the first time)"
 	@$(PIP) torch setuptools wheel
 	@echo "== installing coterie with its tests' needs, compiling the native ops"

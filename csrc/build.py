@@ -1,7 +1,7 @@
 """Compile the native libraries: ``python -m coterie.csrc.build``. setup.py calls the same code.
 
-Two libraries of row operations are made beside this file, against torch's stable ABI: ``_cpu``
-(rows.cpp, any C++20 compiler) and ``_cuda`` (rows.cu, nvcc; no GPU is needed, nor a CUDA build of
+Two libraries are made beside this file, against torch's stable ABI: ``_cpu`` (rows.cpp and
+swiglu.cpp, any C++20 compiler) and ``_cuda`` (rows.cu, nvcc; no GPU is needed, nor a CUDA build of
 torch). What cannot be built is skipped, and its plain PyTorch twin is used. The outcome is written
 to ``build.json``, because pip hides what a successful build prints.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("rows.h", "rows.cpp", "rows.cu")
+SOURCES = ("rows.h", "cpu.h", "rows.cpp", "swiglu.cpp", "rows.cu")
 LIBRARIES = ("cpu", "cuda")
 REPORT = "build.json"
 OLDEST_TORCH = (2, 11)
@@ -130,11 +130,12 @@ def cuda_archs() -> list[str]:
 
 
 def cpu_command(source: Path, output: Path, torch: Torch) -> list[str]:
-    """The command that compiles rows.cpp."""
+    """The command that compiles the C++ sources."""
+    units = [str(source / name) for name in SOURCES if name.endswith(".cpp")]
     return [
         *find_compiler(),
         *["-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"],
-        *[_TARGET, "-isystem", f"{torch.path}/include", str(source / "rows.cpp")],
+        *[_TARGET, "-isystem", f"{torch.path}/include", *units],
         *["-o", str(output), f"-L{torch.path}/lib", "-ltorch", "-ltorch_cpu", "-lc10"],
     ]
 

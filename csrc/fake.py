@@ -24,3 +24,13 @@ def _unpermute_backward(
 @torch.library.register_fake("coterie::invert")
 def _invert(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return token.new_empty(token.shape[0]), token.new_empty(num_tokens + 1)
+
+
+@torch.library.register_fake("coterie::swiglu")
+def _swiglu(h: Tensor) -> Tensor:
+    return h.new_empty(h.shape[0], h.shape[1] // 2)
+
+
+@torch.library.register_fake("coterie::swiglu_backward")
+def _swiglu_backward(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(da.shape)

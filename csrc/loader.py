@@ -23,6 +23,8 @@ _TWINS: dict[str, Callable[..., Any]] = {
     "unpermute": twins.unpermute_reference,
     "unpermute_backward": twins.unpermute_backward_reference,
     "invert": twins.invert_reference,
+    "swiglu": twins.swiglu_reference,
+    "swiglu_backward": twins.swiglu_backward_reference,
 }
 _CHOSEN: dict[tuple[str, str], Callable[..., Any]] = {}
 _NATIVE = {"cpu": tuple(_TWINS), "cuda": ("permute", "unpermute", "unpermute_backward")}
@@ -73,7 +75,7 @@ def status() -> list[OpStatus]:
             if op in _NATIVE[device]:
                 records.append(OpStatus(op, device, not reason, reason, fix))
             else:
-                records.append(OpStatus(op, device, False, "PyTorch's own sort is used", ""))
+                records.append(OpStatus(op, device, False, "made of PyTorch's own ops", ""))
     return records
 
 

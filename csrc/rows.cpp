@@ -2,6 +2,7 @@
 //
 // Every output number is computed by one thread in a fixed order, without fused multiply-add, so
 // the bits do not depend on the number of threads or on the CPU's vector width.
+#include "cpu.h"
 #include "rows.h"
 
 #include <algorithm>
@@ -9,24 +10,11 @@
 #include <numeric>
 #include <vector>
 
-// The compiler makes one version of a function per instruction set; the loader picks at run time.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
-#define COTERIE_MULTIVERSION \
-  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define COTERIE_MULTIVERSION
-#endif
-
 namespace coterie {
 namespace {
 
 constexpr int64_t kBlock = 64;  // columns summed at a time: the sums stay in registers or L1
 constexpr int64_t kLanes = 16;  // partial sums of a dot product, whatever the vector width
-constexpr int64_t kGrain = 16384;  // numbers per task of the thread pool, at least
-
-int64_t grain(int64_t numbers_per_item) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers_per_item));
-}
 
 // y[d] = sum of weight[row[j]] * x[row[j], d] over j in [0, rows); weight may be null (all ones).
 template <class T>

@@ -7,6 +7,7 @@ sum the rows of a token in ascending order (on a GPU, index_add's order is free 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,3 +51,20 @@ def invert_reference(token_A: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     sorted_A, row_A = torch.sort(token_A, stable=True)
     tokens_T1 = torch.arange(num_tokens + 1, device=token_A.device)
     return row_A, torch.searchsorted(sorted_A, tokens_T1)
+
+
+def swiglu_reference(h_AH: Tensor) -> Tensor:
+    """a_AF = silu(gate) * up, each row of ``h_AH`` being gate then up."""
+    gate_AF, up_AF = h_AH.chunk(2, -1)
+    return F.silu(gate_AF) * up_AF
+
+
+def swiglu_backward_reference(da_AF: Tensor, h_AH: Tensor) -> tuple[Tensor, Tensor]:
+    """dh_AH and a_AF, given the gradient of the latter."""
+    gate_AF, up_AF = h_AH.chunk(2, -1)
+    silu_AF = F.silu(gate_AF)
+    dh_AH = torch.empty_like(h_AH)
+    dgate_AF, dup_AF = dh_AH.chunk(2, -1)
+    torch.mul(da_AF, silu_AF, out=dup_AF)
+    torch.ops.aten.silu_backward.grad_input(da_AF * up_AF, gate_AF, grad_input=dgate_AF)
+    return dh_AH, silu_AF.mul_(up_AF)

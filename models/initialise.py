@@ -26,8 +26,8 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
             case Experts():
                 _draw_experts(module, seed, prefix, damping)
             case FeedForward():
-                width, hidden = module.w_in_DH.shape[0], module.w_out_FD.shape[0]
-                _draw(module.w_in_DH, width**-0.5, seed, f"{prefix}.w_in_DH")
+                hidden, width = module.w_out_FD.shape
+                _draw(module.w_in_HD, width**-0.5, seed, f"{prefix}.w_in_HD")
                 _draw(module.w_out_FD, hidden**-0.5 * damping, seed, f"{prefix}.w_out_FD")
             case Attention():
                 out = module.out
@@ -62,8 +62,8 @@ def _draw(parameter: Tensor, std: float, seed: int, name: str) -> None:
 
 
 def _draw_experts(experts: Experts, seed: int, prefix: str, damping: float) -> None:
-    for local in range(experts.w_in_EDH.shape[0]):
+    for local in range(experts.w_in_EHD.shape[0]):
         name = f"{prefix}.{experts.first + local}"
-        width, hidden = experts.w_in_EDH.shape[1], experts.w_out_EFD.shape[1]
-        _draw(experts.w_in_EDH[local], width**-0.5, seed, f"{name}.w_in_DH")
+        hidden, width = experts.w_out_EFD.shape[1:]
+        _draw(experts.w_in_EHD[local], width**-0.5, seed, f"{name}.w_in_HD")
         _draw(experts.w_out_EFD[local], hidden**-0.5 * damping, seed, f"{name}.w_out_FD")

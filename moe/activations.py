@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.csrc.swiglu import swiglu, swiglu_backward
+
 ActivationName = Literal["swiglu", "gelu", "relu2"]
 
 
@@ -21,21 +23,6 @@ class Activation(NamedTuple):
     parts: int
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _swiglu(h_AH: Tensor) -> Tensor:
-    gate_AF, up_AF = h_AH.chunk(2, -1)
-    return F.silu(gate_AF) * up_AF
-
-
-def _swiglu_backward(da_AF: Tensor, h_AH: Tensor) -> tuple[Tensor, Tensor]:
-    gate_AF, up_AF = h_AH.chunk(2, -1)
-    silu_AF = F.silu(gate_AF)
-    dh_AH = torch.empty_like(h_AH)
-    dgate_AF, dup_AF = dh_AH.chunk(2, -1)
-    torch.mul(da_AF, silu_AF, out=dup_AF)
-    torch.ops.aten.silu_backward.grad_input(da_AF * up_AF, gate_AF, grad_input=dgate_AF)
-    return dh_AH, silu_AF.mul_(up_AF)
 
 
 def _gelu_backward(da_AF: Tensor, h_AF: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +39,7 @@ def _relu2_backward(da_AF: Tensor, h_AF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ACTIVATIONS: dict[ActivationName, Activation] = {
-    "swiglu": Activation(2, _swiglu, _swiglu_backward),
+    "swiglu": Activation(2, swiglu, swiglu_backward),
     "gelu": Activation(1, F.gelu, _gelu_backward),
     "relu2": Activation(1, _relu2, _relu2_backward),
 }

@@ -23,7 +23,7 @@ class ExpertsConfig(Config):
 class Experts(nn.Module):
     """E / R feed-forward experts, without biases; rank r of R holds those from r · E / R on.
 
-    ``w_in_EDH``: for SwiGLU H = 2F, gate then up; else H = F. ``w_out_EFD``. E counts local ones.
+    ``w_in_EHD``: for SwiGLU H = 2F, gate then up; else H = F. ``w_out_EFD``. E counts local ones.
     """
 
     def __init__(self, width: int, config: ExpertsConfig, rank: int = 0, ranks: int = 1) -> None:
@@ -35,14 +35,14 @@ class Experts(nn.Module):
         self.first = rank * local
         """Global id of the first local expert."""
         parts = ACTIVATIONS[config.activation].parts
-        self.w_in_EDH = nn.Parameter(torch.empty(local, width, parts * config.hidden))
+        self.w_in_EHD = nn.Parameter(torch.empty(local, parts * config.hidden, width))
         self.w_out_EFD = nn.Parameter(torch.empty(local, config.hidden, width))
 
     def forward(self, x_AD: Tensor, load_E: Tensor) -> Tensor:
         """``x_AD``: rows sorted by local expert, ``load_E``: int64 rows for each → y_AD."""
-        w_in_EDH: Tensor = self.w_in_EDH
+        w_in_EHD: Tensor = self.w_in_EHD
         w_out_EFD: Tensor = self.w_out_EFD
         if torch.is_autocast_enabled(x_AD.device.type):
             half = torch.get_autocast_dtype(x_AD.device.type)
-            x_AD, w_in_EDH, w_out_EFD = x_AD.to(half), w_in_EDH.to(half), w_out_EFD.to(half)
-        return grouped_ffn(x_AD, w_in_EDH, w_out_EFD, load_E, self.activation)
+            x_AD, w_in_EHD, w_out_EFD = x_AD.to(half), w_in_EHD.to(half), w_out_EFD.to(half)
+        return grouped_ffn(x_AD, w_in_EHD, w_out_EFD, load_E, self.activation)

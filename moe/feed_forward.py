@@ -1,6 +1,7 @@
 """A dense feed-forward layer: the model's dense layers and the shared experts."""
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,15 +19,15 @@ class FeedForwardConfig(Config):
 
 
 class FeedForward(nn.Module):
-    """y = act(x · w_in) · w_out, without biases. ``w_in`` is D × H: gate then up for SwiGLU."""
+    """y = act(x · w_inᵀ) · w_out, without biases. ``w_in`` is H × D: gate then up for SwiGLU."""
 
     def __init__(self, width: int, config: FeedForwardConfig) -> None:
         super().__init__()
         act = ACTIVATIONS[config.activation]
         self.activation = act.forward
-        self.w_in_DH = nn.Parameter(torch.empty(width, act.parts * config.hidden))
+        self.w_in_HD = nn.Parameter(torch.empty(act.parts * config.hidden, width))
         self.w_out_FD = nn.Parameter(torch.empty(config.hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (..., D) → (..., D)."""
-        return self.activation(x @ self.w_in_DH) @ self.w_out_FD
+        return self.activation(F.linear(x, self.w_in_HD)) @ self.w_out_FD

@@ -79,7 +79,7 @@ def _layer(case: Case, exchange: Exchange | None = None, group: Any = None) -> M
     layer = tiny_layer(config, width=D, experts=E, shared=3, exchange=exchange, group=group)
     mine = slice(layer.experts.first, layer.experts.first + E // exchange.ranks)
     state = whole.state_dict()
-    for name in ("experts.w_in_EDH", "experts.w_out_EFD"):
+    for name in ("experts.w_in_EHD", "experts.w_out_EFD"):
         state[name] = state[name][mine]
     layer.load_state_dict(state)
     return layer.train()
@@ -105,7 +105,7 @@ def _on_rank(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     results = {}
     for name, case in CASES.items():
         layer = _layer(case, AllToAllExchange(group), group)
-        assert layer.experts.w_in_EDH.shape[0] == E // world
+        assert layer.experts.w_in_EHD.shape[0] == E // world
         results[name] = _step(layer, *_inputs(case, world)[rank])
     return results
 

@@ -118,7 +118,8 @@ def test_twins_only_inside_the_block() -> None:
 
 
 def test_status_names_every_op_on_both_devices() -> None:
-    ops = ("permute", "unpermute", "unpermute_backward", "invert")
+    rows = ("permute", "unpermute", "unpermute_backward", "invert")
+    ops = (*rows, "swiglu", "swiglu_backward")
     assert [(r.device, r.op) for r in loader.status()] == [
         (device, op) for device in ("cpu", "cuda") for op in ops
     ]

@@ -75,7 +75,7 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
     for name in drawn:
         assert first[name].ne(other[name]).all(), name
     matrices = [first[name].flatten()[:60] for name in drawn]
-    matrices += [expert.flatten()[:60] for expert in first["blocks.1.moe.experts.w_in_EDH"]]
+    matrices += [expert.flatten()[:60] for expert in first["blocks.1.moe.experts.w_in_EHD"]]
     assert torch.stack(matrices)[:, 0].unique().numel() == len(matrices) - 1  # expert 0 twice
 
 
@@ -95,11 +95,11 @@ def test_standard_deviations() -> None:
         "blocks.0.attention.k.weight": 64**-0.5,
         "blocks.0.attention.v.weight": 64**-0.5,
         "blocks.0.attention.out.weight": 64**-0.5 / 3,
-        "blocks.0.feed_forward.w_in_DH": 64**-0.5,
+        "blocks.0.feed_forward.w_in_HD": 64**-0.5,
         "blocks.0.feed_forward.w_out_FD": 128**-0.5 / 3,
-        "blocks.1.moe.experts.w_in_EDH": 64**-0.5,
+        "blocks.1.moe.experts.w_in_EHD": 64**-0.5,
         "blocks.1.moe.experts.w_out_EFD": 96**-0.5 / 3,
-        "blocks.1.moe.shared.w_in_DH": 64**-0.5,
+        "blocks.1.moe.shared.w_in_HD": 64**-0.5,
         "blocks.1.moe.shared.w_out_FD": 80**-0.5 / 3,
         "blocks.1.moe.router.weight": 0.02,
     }

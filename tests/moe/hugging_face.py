@@ -49,7 +49,7 @@ def block_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors (weights or gradients) of a sparse block, by the names of our ``MoELayer``."""
     ours = {
         "router.weight": tensors["gate.weight"],
-        "experts.w_in_EDH": tensors["experts.gate_up_proj"].transpose(1, 2),
+        "experts.w_in_EHD": tensors["experts.gate_up_proj"],
         "experts.w_out_EFD": tensors["experts.down_proj"].transpose(1, 2),
     }
     shared = _inside("shared_experts.", tensors)
@@ -89,7 +89,7 @@ def _dense_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not tensors:
         return {}
     gate_up = torch.cat([tensors["gate_proj.weight"], tensors["up_proj.weight"]])
-    return {"w_in_DH": gate_up.t(), "w_out_FD": tensors["down_proj.weight"].t()}
+    return {"w_in_HD": gate_up, "w_out_FD": tensors["down_proj.weight"].t()}
 
 
 def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,11 +26,11 @@ LOADS = {
 def _operands(
     load: list[int], activation: str, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x_AD, w_in_EDH, w_out_EFD, load_E, dy_AD."""
+    """x_AD, w_in_EHD, w_out_EFD, load_E, dy_AD."""
     rows, experts, parts = sum(load), len(load), 2 if activation == "swiglu" else 1
     return (
         randn(rows, D, seed=1).to(dtype),
-        randn(experts, D, parts * FH, seed=2).to(dtype),
+        randn(experts, parts * FH, D, seed=2).to(dtype),
         randn(experts, FH, D, seed=3).to(dtype),
         torch.tensor(load),
         randn(rows, D, seed=4).to(dtype),
@@ -153,6 +153,6 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(
 def test_experts_of_a_rank_are_numbered_from_its_first() -> None:
     config = ExpertsConfig(count=6, hidden=FH)
     assert [Experts(D, config, rank, 3).first for rank in range(3)] == [0, 2, 4]
-    assert Experts(D, config, 1, 3).w_in_EDH.shape == (2, D, 2 * FH)
+    assert Experts(D, config, 1, 3).w_in_EHD.shape == (2, 2 * FH, D)
     with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks"):
         Experts(D, config, 0, 4)

@@ -100,7 +100,7 @@ def plant_in_backward(trainer: Trainer) -> None:
 
 def plant_in_expert_gradient(trainer: Trainer) -> None:
     """One expert's weight gradient overflows; no token's gradient does."""
-    weight = block(trainer, 2).moe.experts.w_in_EDH
+    weight = block(trainer, 2).moe.experts.w_in_EHD
     weight.register_hook(lambda g: g * float("inf") if at_bad_step(trainer) else g)
 
 
