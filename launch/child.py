@@ -1,7 +1,8 @@
 """A rank that :mod:`coterie.launch.processes` started: its ties to the parent.
 
-It dies with the parent, and tells the parent why it fails, so that an error that all ranks meet is
-shown once. The terminal's Ctrl-C goes to the parent, which passes it on once.
+It dies with the parent, tells the parent that training has begun, and tells it why it fails, so
+that an error that all ranks meet is shown once. The terminal's Ctrl-C goes to the parent, which
+passes it on once.
 """
 
 import ctypes
@@ -47,14 +48,24 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def report(error: BaseException) -> bool:
     """Tell the parent of ``error``; False when there is none to tell."""
+    code, text = explain(error)
+    return _tell(code=code, text=text[-_LONGEST // 4 :])
+
+
+def report_training() -> bool:
+    """Tell the parent that from now on SIGINT and SIGTERM end this rank with a checkpoint; False
+    when there is none to tell."""
+    return _tell(training=True)
+
+
+def _tell(**message: object) -> bool:
     descriptor = os.environ.get(REPORTS)
     if descriptor is None:
         return False
-    code, text = explain(error)
-    message = {"rank": int(os.environ["RANK"]), "code": code, "text": text[-_LONGEST // 4 :]}
+    text = json.dumps({"rank": int(os.environ["RANK"]), **message}, ensure_ascii=False)
     with socket.socket(fileno=os.dup(int(descriptor))) as reports:
         try:
-            reports.send(json.dumps(message, ensure_ascii=False).encode())
+            reports.send(text.encode())
         except OSError:  # the parent is gone, and so are we soon
             return False
     return True

@@ -16,7 +16,11 @@ from pathlib import Path
 from coterie.launch.child import PARENT, REPORTS
 
 GRACE = 3.0
-"""Seconds between SIGTERM and SIGKILL for the ranks that are left when one has failed."""
+"""Seconds between SIGTERM and SIGKILL for the ranks that are left when one has failed,
+and between a signal and SIGKILL for ranks that have not begun to train."""
+LEAVE = 30.0
+"""Seconds that an interrupted rank has to leave once another one has: they save one checkpoint
+together, so they leave at about the same time."""
 
 _SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
 _MESSAGE = 1 << 18
@@ -55,12 +59,14 @@ def command_of_this_process() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def run_ranks(command: list[str], world: int, grace: float = GRACE) -> Ended:
+def run_ranks(command: list[str], world: int, grace: float = GRACE, leave: float = LEAVE) -> Ended:
     """Run ``command`` as ``world`` ranks on this machine and wait until all have ended.
 
     Each finds its place in torchrun's variables; the store they meet in lives in this process, on a
     port that the system chose. When one fails, the others are ended. SIGINT and SIGTERM are passed
-    on once (the ranks save a checkpoint and leave); a second one kills. Call from the main thread.
+    on once; a second one kills. Ranks that train save a checkpoint and leave, all within ``leave``
+    seconds of the first; before that there is nothing to save, and whoever is left after ``grace``
+    seconds is killed. Call from the main thread.
     """
     from torch.distributed import TCPStore  # slow to import
 
@@ -68,7 +74,7 @@ def run_ranks(command: list[str], world: int, grace: float = GRACE) -> Ended:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs, _wake_on_signals() as wake:
         ours.setblocking(False)
-        group = _Group(ours, grace)
+        group = _Group(ours, grace, leave)
         try:
             for rank in range(world):
                 environment = _environment(rank, world, store.port, theirs)
@@ -84,13 +90,16 @@ def run_ranks(command: list[str], world: int, grace: float = GRACE) -> Ended:
 class _Group:
     """The processes, and what became of them."""
 
-    def __init__(self, reports: socket.socket, grace: float) -> None:
+    def __init__(self, reports: socket.socket, grace: float, leave: float = LEAVE) -> None:
         self.failure: Failure | None = None
         self.interrupted = False
+        self._abandoned = False  # interrupted, nothing left to save: no way to end is a failure
+        self._training: set[int] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._said: dict[int, Failure] = {}
         self._reports = reports
         self._grace = grace
+        self._leave = leave
         self._deadline: float | None = None
 
     def start(
@@ -118,6 +127,7 @@ class _Group:
         while self._look():
             left = None if self._deadline is None else self._deadline - time.monotonic()
             if left is not None and left <= 0:
+                self._blame_the_late()
                 self.kill()
                 return
             for number in _received(wake, self._reports, left):
@@ -134,12 +144,23 @@ class _Group:
         """Notice deaths and reports; True while a rank is running."""
         codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
         self._read_reports()
-        if self.failure is None:
+        if self.failure is None and not self._abandoned:
             self.failure = self._first_failure(codes)
             if self.failure is not None:
                 self._send(signal.SIGTERM)
                 self._deadline = time.monotonic() + self._grace
-        return None in codes.values()
+        running = [rank for rank, code in codes.items() if code is None]
+        if self.interrupted and self._deadline is None and len(running) < len(codes):
+            self._deadline = time.monotonic() + self._leave
+        return bool(running)
+
+    def _blame_the_late(self) -> None:
+        """One that trained and did not leave with the others may not have saved its checkpoint."""
+        if self.failure is None and not self._abandoned:
+            codes = [process.returncode for process in self._processes]
+            rank = codes.index(None)
+            text = f"rank {rank} had not left {self._leave:g} s after another one and was killed"
+            self.failure = Failure(rank, -signal.SIGKILL, text)
 
     def _first_failure(self, codes: dict[int, int | None]) -> Failure | None:
         """The cause rather than a consequence: a signal, then a report, then an exit code."""
@@ -159,17 +180,26 @@ class _Group:
                 message = json.loads(self._reports.recv(_MESSAGE))
             except BlockingIOError:
                 return
-            self._said.setdefault(message["rank"], Failure(**message))
+            if "training" in message:
+                self._training.add(message["rank"])
+            else:
+                self._said.setdefault(message["rank"], Failure(**message))
 
     def _interrupt(self, number: int) -> None:
-        if self.interrupted:
+        again = self.interrupted
+        self.interrupted = True
+        if again or self.failure is not None:
+            self._abandoned = True
             self._send(signal.SIGKILL)
             return
-        self.interrupted = True
+        self._read_reports()
         self._send(number)
-        name = signal.Signals(number).name
-        told = f"{name}: saving a checkpoint and leaving; a second one ends it at once"
-        print(f"\ncoterie: {told}", file=sys.stderr)
+        told = "saving a checkpoint and leaving; a second one ends it at once"
+        if len(self._training) < len(self._processes):
+            told = "leaving, training had not begun"
+            self._abandoned = True
+            self._deadline = time.monotonic() + self._grace
+        print(f"\ncoterie: {signal.Signals(number).name}: {told}", file=sys.stderr)
 
     def _send(self, number: int) -> None:
         """To each rank that was not reaped, and to what it started."""

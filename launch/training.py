@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
+from coterie.launch import child
 from coterie.launch.assemble import build_model, join, open_data
 from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
@@ -19,7 +20,7 @@ from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.distributed import Ranks, stop, world_from_environment
 from coterie.parallel.gradients import expert_parameters
-from coterie.parallel.monitors import JsonLines, Monitor, TensorBoard, Terminal
+from coterie.parallel.monitors import JsonLines, Monitor, RunFacts, TensorBoard, Terminal
 from coterie.parallel.precision import bf16_slowdown, resolve
 from coterie.parallel.trainer import Outcome, Trainer
 
@@ -58,7 +59,7 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 config.evaluation,
                 checkpointer,
                 _state(config, ranks),
-                monitors,
+                [_Attached(), *monitors],
                 _drawer(config, ranks, train_set),
             )
             checkpoint = None if fresh else _chosen(run_dir, step, ranks)
@@ -72,6 +73,13 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
             return trainer.run(run_dir)
     finally:
         stop()
+
+
+class _Attached(Monitor):
+    """On every rank: the trainer starts its monitors once it handles SIGINT and SIGTERM."""
+
+    def start(self, facts: RunFacts) -> None:
+        child.report_training()
 
 
 def _monitors(config: RunConfig) -> list[Monitor]:

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,28 @@ def test_two_ranks_meet_and_their_mistake_is_told_once(place: Path, dataset: Pat
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and f"coterie: {shard}: is cut short" in done.stderr
     assert not Path("runs/tiny/config.yaml").exists()
+
+
+def test_ctrl_c_while_two_ranks_train_saves_a_checkpoint(place: Path) -> None:
+    command = ["train", "good.yaml", "--nproc", "2", "train.steps=1000000", "monitor.every=1"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "coterie.launch", *command, "evaluation.every=0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        metrics = Path("runs/tiny/metrics.jsonl")
+        while not metrics.exists() or not metrics.stat().st_size:  # until both have taken a step
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.send_signal(signal.SIGINT)
+        err = parent.communicate(timeout=60)[1]
+    finally:
+        parent.kill()
+    assert parent.returncode == 130
+    assert "SIGINT: saving a checkpoint and leaving" in err and "Traceback" not in err
+    assert list(Path("runs/tiny/checkpoints").glob("step_*/manifest.json"))
 
 
 def test_a_closed_pipe_is_no_error(place: Path) -> None:

@@ -55,10 +55,16 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
     """``ranks(body, world, …)``: run a script as that many ranks; afterwards all must be gone."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
-    def run(body: str, world: int = 2, grace: float = 5.0, prelude: str = PRELUDE) -> Ended:
+    def run(
+        body: str,
+        world: int = 2,
+        grace: float = 5.0,
+        leave: float = 5.0,
+        prelude: str = PRELUDE,
+    ) -> Ended:
         script = tmp_path / "rank.py"
         script.write_text(prelude + textwrap.dedent(body))
-        ended = run_ranks([sys.executable, str(script), str(tmp_path)], world, grace)
+        ended = run_ranks([sys.executable, str(script), str(tmp_path)], world, grace, leave)
         for file in tmp_path.glob("pid.*"):
             assert gone(int(file.read_text()))
         return ended
@@ -233,6 +239,7 @@ def test_ctrl_c_reaches_each_rank_once(
             """
             count = []
             signal.signal(signal.SIGINT, lambda *_: count.append(1))
+            child.report_training()
             say("ready")
             while not count:
                 time.sleep(0.01)
@@ -245,10 +252,94 @@ def test_ctrl_c_reaches_each_rank_once(
     assert [(tmp_path / f"interrupts.{rank}").read_text() for rank in range(2)] == ["1", "1"]
     (tmp_path / "config.yaml").write_text("")
     assert _tell(ended, tmp_path) == 130
-    assert f"interrupted; go on with: coterie resume {tmp_path}\n" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "SIGINT: saving a checkpoint and leaving" in err
+    assert f"interrupted; go on with: coterie resume {tmp_path}\n" in err
 
 
-def test_a_second_ctrl_c_kills(ranks: RunRanks, tmp_path: Path) -> None:
+@pytest.fixture
+def interrupted(ranks: RunRanks, tmp_path: Path) -> RunRanks:
+    """``ranks``, sent SIGINT once both have said that they are ready."""
+
+    def run(body: str, **settings: float) -> Ended:
+        def interrupt() -> None:
+            wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in range(2)))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with Meanwhile(interrupt):
+            return ranks(body, **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("leave_with", ["sys.exit(130)", "guarded(lost_peer)", "time.sleep(60)"])
+def test_ctrl_c_ends_a_rank_that_waits_for_the_others_in_its_start_up(
+    leave_with: str, interrupted: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = interrupted(
+        f"""
+        def lost_peer():
+            raise RuntimeError("connection closed by peer")
+        if rank == 1:
+            child.report_training()  # one rank alone cannot save a checkpoint
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in C++, where Python hears nothing
+            say("ready")
+            time.sleep(60)
+        say("ready")
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            {leave_with}
+        """,
+        grace=0.3,
+        leave=60.0,
+    )
+    assert ended == Ended(None, True)
+    assert _tell(ended, tmp_path) == 130
+    err = capfd.readouterr().err
+    assert "SIGINT: leaving, training had not begun\n" in err
+    assert "checkpoint" not in err and "Traceback" not in err
+
+
+TRAINING = """
+count = []
+signal.signal(signal.SIGINT, lambda *_: count.append(1))
+child.report_training()
+say("ready")
+while not count:
+    time.sleep(0.01)
+if rank == 0:
+    sys.exit(130)
+"""
+
+
+def test_a_rank_that_still_saves_may_finish(interrupted: RunRanks, tmp_path: Path) -> None:
+    body = f"""{TRAINING}
+first = int((folder / "pid.0").read_text())
+try:
+    while True:
+        os.kill(first, 0)
+        time.sleep(0.01)
+except ProcessLookupError:  # the parent has seen it leave
+    say("saved")
+sys.exit(130)
+"""
+    assert interrupted(body, grace=0.0, leave=60.0) == Ended(None, True)
+    assert (tmp_path / "saved.1").exists()
+
+
+def test_a_rank_that_does_not_leave_with_the_others_is_killed(
+    interrupted: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = interrupted(f"{TRAINING}\ntime.sleep(60)", grace=60.0, leave=0.3)
+    assert _tell(ended, tmp_path) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("coterie: rank 1 had not left 0.3 s after another one and was killed; ")
+
+
+def test_a_second_ctrl_c_kills_and_blames_nobody(
+    ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def interrupt_twice() -> None:
         wait_until((tmp_path / "ready.0").exists)
         os.kill(os.getpid(), signal.SIGINT)
@@ -259,13 +350,16 @@ def test_a_second_ctrl_c_kills(ranks: RunRanks, tmp_path: Path) -> None:
         ended = ranks(
             """
             signal.signal(signal.SIGINT, lambda *_: say("heard"))
+            child.report_training()
             say("ready")
             while True:
                 time.sleep(0.01)
             """,
             world=1,
         )
-    assert ended.interrupted
+    assert ended == Ended(None, True)
+    assert _tell(ended, tmp_path) == 130
+    assert capfd.readouterr().err.splitlines()[-1].startswith("coterie: interrupted; ")
 
 
 def test_ctrl_c_before_a_rank_is_ready_is_kept(ranks: RunRanks, tmp_path: Path) -> None:
