@@ -35,7 +35,9 @@ $(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.tx
 	@echo "== installing coterie with its tests' needs, compiling the native ops"
 	@$(PIP) --no-build-isolation -e '.[dev,hf]'
 	@$(BIN)/python -c 'from coterie.csrc.loader import status; \
-	  print("== native ops:", *sorted({f"{s.device} " + ("native" if s.native else s.reason) for s in status()}), sep="\n   ")'
+	  reason = next((s.reason for s in status() if s.device == "cpu" and not s.native), ""); \
+	  print("== native CPU ops:", f"not used ({reason}); plain PyTorch runs instead" if reason else "compiled")'
+	@echo "== what else runs here, and what would fix gaps:  $(BIN)/coterie doctor"
 	@touch $(READY)
 
 train: $(READY)

@@ -1,8 +1,6 @@
 """A run on a full disk ends in a sentence, keeps what was complete, and goes on with more room."""
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +8,12 @@ from pathlib import Path
 import pytest
 
 from coterie.parallel.checkpoint import list_checkpoints, verify
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.kill_resume import command, environment
 
 
 def coterie(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "coterie.launch", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=120
     )
 
 
