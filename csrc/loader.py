@@ -6,7 +6,8 @@ the first op is called (or ``status`` asked), not later.
 
 import json
 import os
-import warnings
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +27,8 @@ _TWINS: dict[str, Callable[..., Any]] = {
     "swiglu": twins.swiglu_reference,
     "swiglu_backward": twins.swiglu_backward_reference,
 }
+REBUILD = f"{shlex.quote(sys.executable)} -m coterie.csrc.build"
+_STALE, _UNLOADABLE = "older than its sources", "loading failed"
 _CHOSEN: dict[tuple[str, str], Callable[..., Any]] = {}
 _NATIVE = {"cpu": tuple(_TWINS), "cuda": ("permute", "unpermute", "unpermute_backward")}
 
@@ -104,7 +107,7 @@ def _gpu_mismatch(archs: list[str], capability: tuple[int, int]) -> tuple[str, s
     here = f"{major}{minor}"
     return (
         f"compiled for sm_{', sm_'.join(archs)}, but this GPU is sm_{here}",
-        f"COTERIE_CUDA_ARCHS={','.join([*archs, here])} {build.COMMAND}",
+        f"COTERIE_CUDA_ARCHS={','.join([*archs, here])} {REBUILD}",
     )
 
 
@@ -113,17 +116,35 @@ def _load() -> dict[str, tuple[str, str]]:
     """Load both libraries; for each device type the reason and fix of its absence, or ('', '')."""
     missing = {device: _missing(device) for device in build.LIBRARIES}
     if not missing["cuda"][0] and missing["cpu"][0]:
-        missing["cuda"] = ("the CPU library, which defines the ops, is missing", build.COMMAND)
+        missing["cuda"] = ("the CPU library, which defines the ops, is missing", REBUILD)
     for device in build.LIBRARIES:
         if not missing[device][0]:
             try:
                 torch.ops.load_library(str(_HERE / build.library_name(device)))
             except OSError as error:
-                missing[device] = (f"loading failed: {str(error).splitlines()[0]}", build.COMMAND)
-                warnings.warn(f"coterie: {device} ops: {missing[device][0]}", stacklevel=2)
+                missing[device] = (f"{_UNLOADABLE}: {str(error).splitlines()[0]}", REBUILD)
     if not missing["cpu"][0]:
         from coterie.csrc import fake  # noqa: F401  (registers shapes; needs the ops defined)
+    _tell_of_broken(missing)
     return missing
+
+
+def _tell_of_broken(missing: dict[str, tuple[str, str]]) -> None:
+    """One line on rank 0 when a library was built but is of no use, on a device that is here.
+
+    One that was not built is no surprise: the install said so, and ``coterie doctor`` does.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    broken: dict[str, list[str]] = {}
+    for device, (reason, _) in missing.items():
+        here = device != "cuda" or torch.cuda.is_available()
+        if reason.startswith((_STALE, _UNLOADABLE)) and here:
+            broken.setdefault(reason, []).append(device.upper())
+    if broken:
+        whys = "; ".join(f"{' and '.join(names)}: {why}" for why, names in broken.items())
+        told = f"plain PyTorch runs in place of native ops ({whys}); rebuild them: {REBUILD}"
+        print(f"coterie: {told}", file=sys.stderr)
 
 
 def _missing(device: str) -> tuple[str, str]:
@@ -132,18 +153,13 @@ def _missing(device: str) -> tuple[str, str]:
         return "COTERIE_NATIVE=0", "env -u COTERIE_NATIVE"
     report = _HERE / build.REPORT
     if not report.exists():
-        return "not built", build.COMMAND
+        return "not built", REBUILD
     built = json.loads(report.read_text())
     entry = built["libraries"][device]
     if not entry["built"]:
         return entry["reason"], entry["fix"]
     if built["sources"] != build.source_hash(_HERE):
-        warnings.warn(
-            f"coterie: the native {device} ops are older than their sources and are not used; "
-            f"rebuild them with: {build.COMMAND}",
-            stacklevel=2,
-        )
-        return "older than its sources", build.COMMAND
+        return _STALE, REBUILD
     if not (_HERE / build.library_name(device)).exists():
-        return "the library file is gone", build.COMMAND
+        return "the library file is gone", REBUILD
     return "", ""

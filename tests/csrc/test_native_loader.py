@@ -65,7 +65,8 @@ def test_a_damaged_library_is_not_used_and_is_reported(checkout: Path) -> None:
     (checkout / "csrc" / build.library_name("cpu")).write_bytes(b"not a library")
     answer, errors = run(checkout)
     assert answer["reason"].startswith("loading failed: ") and not any(answer["native"])
-    assert "coterie: cpu ops: loading failed" in errors
+    assert errors.startswith("coterie: plain PyTorch runs in place of native ops (CPU: loading ")
+    assert errors.count("\n") == 1
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def folder(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_never_built(folder: Path) -> None:
     (folder / build.REPORT).unlink(missing_ok=True)
-    assert loader._missing("cpu") == ("not built", build.COMMAND)
+    assert loader._missing("cpu") == ("not built", loader.REBUILD)
 
 
 @needs_native
@@ -91,14 +92,40 @@ def test_built_and_whole(folder: Path) -> None:
 def test_sources_newer_than_the_libraries(folder: Path, name: str) -> None:
     with (folder / name).open("a") as source:
         source.write("// changed\n")
-    with pytest.warns(UserWarning, match=f"older than their sources .*: {build.COMMAND}"):
-        assert loader._missing("cpu") == ("older than its sources", build.COMMAND)
+    assert loader._missing("cpu") == ("older than its sources", loader.REBUILD)
+
+
+@pytest.mark.parametrize(
+    ("rank", "gpu", "devices"),
+    [(None, False, "CPU"), ("0", True, "CPU and CUDA"), ("1", True, "")],
+)
+def test_one_line_tells_of_stale_libraries(
+    rank: str | None,
+    gpu: bool,
+    devices: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = {"sources": "of old", "libraries": dict.fromkeys(build.LIBRARIES, {"built": True})}
+    (folder / build.REPORT).write_text(json.dumps(report))
+    monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    missing = loader._load.__wrapped__()
+    assert {reason for reason, _ in missing.values()} == {"older than its sources"}
+    expected = (
+        f"coterie: plain PyTorch runs in place of native ops ({devices}: older than its sources); "
+        f"rebuild them: {sys.executable} -m coterie.csrc.build\n"
+    )
+    assert capsys.readouterr().err == (expected if devices else "")
 
 
 @needs_native
 def test_a_lost_library(folder: Path) -> None:
     (folder / build.library_name("cpu")).unlink()
-    assert loader._missing("cpu") == ("the library file is gone", build.COMMAND)
+    assert loader._missing("cpu") == ("the library file is gone", loader.REBUILD)
 
 
 @needs_native
@@ -145,4 +172,4 @@ def test_a_gpu_that_the_code_was_not_compiled_for(
     if not runs:
         gpu = f"{capability[0]}{capability[1]}"
         assert f"this GPU is sm_{gpu}" in reason
-        assert fix == f"COTERIE_CUDA_ARCHS={','.join([*archs, gpu])} {build.COMMAND}"
+        assert fix == f"COTERIE_CUDA_ARCHS={','.join([*archs, gpu])} {loader.REBUILD}"
