@@ -31,7 +31,7 @@ class RunConfig(Config):
     def _consistent(self) -> Self:
         if self.optimizer.warmup > self.train.steps:
             raise ValueError(
-                f"optimizer.warmup {self.optimizer.warmup} must be at most "
-                f"train.steps {self.train.steps}"
+                f"optimizer.warmup {self.optimizer.warmup} must be at most train.steps "
+                f"{self.train.steps}; add optimizer.warmup={self.train.steps} or less"
             )
         return self

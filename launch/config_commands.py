@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.launch.run_commands import Overrides
+from coterie.launch.run_commands import ConfigName, Overrides
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,9 +17,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def show(
-    config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")
-    ],
+    config: ConfigName,
     overrides: Overrides = None,
     nproc: Annotated[
         int | None,

@@ -50,7 +50,8 @@ def _as_user_error(error: Exception) -> Exception:
     if not message:  # a group without its sub-command: its help was shown
         message = "a sub-command is missing"
     place = f"{' '.join(command.split()[1:])}: ".lstrip(": ")
-    return UserError(f"{place}{message}; see '{command} --help'")
+    see = " See" if message.endswith("?") else "; see"
+    return UserError(f"{place}{message}{see} '{command} --help'")
 
 
 def _fail(error: Exception) -> int:

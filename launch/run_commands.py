@@ -10,6 +10,7 @@ import typer
 
 from coterie.core.errors import UserError
 from coterie.launch import membership
+from coterie.launch.config_file import shipped_names
 from coterie.launch.processes import Ended, command_of_this_process, run_ranks
 
 if TYPE_CHECKING:  # importing torch takes seconds: only when it is needed
@@ -17,6 +18,13 @@ if TYPE_CHECKING:  # importing torch takes seconds: only when it is needed
     from coterie.parallel.trainer import Outcome
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
+ConfigName = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names())}.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -62,12 +70,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG", help="A YAML file, or the name of a shipped config: quickstart."
-        ),
-    ],
+    config: ConfigName,
     overrides: Overrides = None,
     nproc: Processes = None,
     run_dir: Annotated[

@@ -93,12 +93,19 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "a layer too many": (["model.dense_layers=[2]"], ["dense_layers", "0 to 1"]),
     "dense without width": (["model.dense_layers=[0]"], ["feed_forward is needed"]),
     "warm-up too long": (["optimizer.warmup=9"], ["optimizer.warmup 9", "train.steps 2"]),
+    "too few steps to warm up": (
+        ["optimizer.warmup=50", "train.steps=20"],
+        ["optimizer.warmup 50", "train.steps 20; add optimizer.warmup=20 or less"],
+    ),
     "accumulation": (["train.accumulation=3"], ["global_batch 8", "accumulation 3"]),
 }
 
 # command lines; what the sentence must contain
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
-    "unknown command": (["trian"], ["'trian'", "train"]),
+    "unknown command": (
+        ["trian"],
+        ["command 'trian'. Did you mean 'train'? See 'coterie --help'\n"],
+    ),
     "unknown option": ([*TRAIN, "1", "--run_dir", "x"], ["--run_dir", "--run-dir"]),
     "no config": (["train"], ["CONFIG"]),
     "no processes": ([*TRAIN, "0"], ["--nproc"]),

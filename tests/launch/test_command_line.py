@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coterie.launch import doctor
+from coterie.launch.config_file import shipped_names
 from coterie.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,12 @@ def test_help_describes_everything(command: list[str], capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert f"Example:  coterie {' '.join(command)}" in " ".join(shown.split("\n"))
     assert "Usage: coterie" in shown
+
+
+def test_help_of_train_names_the_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shipped_names() and all(name in shown for name in shipped_names())
 
 
 def test_help_does_not_import_torch() -> None:
