@@ -107,7 +107,7 @@ def test_one_line_tells_of_stale_libraries(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = {"sources": "of old", "libraries": dict.fromkeys(build.LIBRARIES, {"built": True})}
+    report = {"sources": "of old", "libraries": {key: {"built": True} for key in build.LIBRARIES}}
     (folder / build.REPORT).write_text(json.dumps(report))
     monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: gpu)
     monkeypatch.delenv("RANK", raising=False)
