@@ -22,7 +22,7 @@ State = Literal["ok", "gap", "broken"]
 _OLDEST_TORCH = (2, 11)
 _COMPULSORY = (
     *("numpy", "scipy", "pydantic", "PyYAML", "typer", "rich", "tensorboard"),
-    *("safetensors", "scikit-learn", "matplotlib", "psutil"),
+    *("safetensors", "scikit-learn", "matplotlib", "pillow", "psutil"),
 )
 _OPTIONAL = {
     "megatron-core": "pip install megatron-core",
@@ -30,7 +30,6 @@ _OPTIONAL = {
     "transformers": "pip install transformers",
     "nvidia-cutlass": "pip install nvidia-cutlass",
     "py-spy": "pip install py-spy",
-    "pillow": "pip install pillow",
 }
 _BIG_DISK, _BIG_SHM = 10e9, 1e9
 _MARKS = {"ok": "[green]ok[/]", "gap": "[yellow]gap[/]", "broken": "[red]broken[/]"}

@@ -20,7 +20,7 @@ from coterie.csrc import build
 pytestmark = [pytest.mark.install, pytest.mark.timeout(600)]
 ROOT = Path(build.__file__).parents[1]
 FOLDERS = ("core", "csrc", "comm", "moe", "models", "data", "parallel", "launch", "configs")
-FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "coterie.py")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "coterie.py")
 HAS_COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 ASK = """
 import importlib, json, pathlib, torch
