@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 READY := $(VENV)/.ready
+TESTS_READY := $(VENV)/.tests-ready
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
 
@@ -30,15 +31,21 @@ $(VENV)/bin/python:
 
 # torch first: the native ops are compiled against the torch that will run them
 $(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu) csrc/build.py
-	@echo "== installing torch and tools into $(VENV) (minutes the first time)"
+	@echo "== installing torch into $(VENV) (minutes the first time)"
 	@$(PIP) torch setuptools wheel
-	@echo "== installing coterie with its tests' needs, compiling the native ops"
-	@$(PIP) --no-build-isolation -e '.[dev,hf]'
+	@echo "== installing coterie, compiling the native ops"
+	@$(PIP) --no-build-isolation -e .
 	@$(BIN)/python -c 'from coterie.csrc.loader import status; \
 	  reason = next((s.reason for s in status() if s.device == "cpu" and not s.native), ""); \
 	  print("== native CPU ops:", f"not used ({reason}); plain PyTorch runs instead" if reason else "compiled")'
 	@echo "== what else runs here, and what would fix gaps:  $(BIN)/coterie doctor"
 	@touch $(READY)
+
+# the tests hold the layer against Hugging Face's and megatron-core's
+$(TESTS_READY): $(READY)
+	@echo "== installing what the tests need"
+	@$(PIP) --no-build-isolation -e '.[dev,hf,megatron]'
+	@touch $(TESTS_READY)
 
 train: $(READY)
 	@if [ -e $(RUN)/config.yaml ]; then \
@@ -51,20 +58,20 @@ train: $(READY)
 	@echo "== look:  $(BIN)/tensorboard --logdir $(RUN)"
 	@echo '== draw:  $(BIN)/coterie generate $(RUN) --prompt "a digit seven"'
 
-test: $(READY)
+test: $(TESTS_READY)
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(TESTS_READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 # mypy is shown the namespace package through a link, since no folder is named coterie
-types: $(READY)
+types: $(TESTS_READY)
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/coterie
 	@cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml $(FOLDERS:%=-p coterie.%)
 
-bench: $(READY)
+bench: $(TESTS_READY)
 	@$(BIN)/python benchmarks/layer.py
 	@$(BIN)/python benchmarks/rows.py
 

@@ -70,7 +70,10 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
             if trainer.step >= config.train.steps:
                 return Outcome(trainer.step, True, {})
             _warn_of_slow_bf16(config, ranks, monitors)
-            return trainer.run(run_dir)
+            outcome = trainer.run(run_dir)
+            if outcome.finished:
+                _say(monitors, f"{run_dir}: done; measure it: coterie evaluate {run_dir}")
+            return outcome
     finally:
         stop()
 

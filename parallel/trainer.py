@@ -60,7 +60,7 @@ class Trainer:
     ) -> None:
         """``state``: what to store in each checkpoint beside the trainer's own (config, versions).
 
-        ``monitors``: empty on all ranks but the first.
+        ``monitors``: of this rank; all but the first have little to say.
         """
         self.model = model
         self.sampler = sampler

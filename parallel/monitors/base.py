@@ -1,4 +1,4 @@
-"""A monitor hears of a run's events on rank 0."""
+"""A monitor hears of a run's events: on rank 0, unless it says otherwise."""
 
 from dataclasses import dataclass
 from pathlib import Path

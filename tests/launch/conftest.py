@@ -28,15 +28,6 @@ optimizer: {warmup: 1}
 evaluation: {batch: 8}
 """
 
-_OUTSIDE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "COTERIE_PARENT")
-
-
-@pytest.fixture(autouse=True)
-def on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No torchrun or SLURM around the tests."""
-    for name in _OUTSIDE:
-        monkeypatch.delenv(name, raising=False)
-
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:

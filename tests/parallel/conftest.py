@@ -6,15 +6,6 @@ import pytest
 
 from tests.parallel.tiny import write_data
 
-_OUTSIDE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "COTERIE_PARENT")
-
-
-@pytest.fixture(autouse=True)
-def on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No torchrun or SLURM around the tests."""
-    for name in _OUTSIDE:
-        monkeypatch.delenv(name, raising=False)
-
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
