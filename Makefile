@@ -47,6 +47,8 @@ $(TESTS_READY): $(READY)
 	@$(PIP) --no-build-isolation -e '.[dev,hf,megatron]'
 	@touch $(TESTS_READY)
 
+# the main job is small: it runs on the CPU, with the same figures everywhere
+train: export CUDA_VISIBLE_DEVICES :=
 train: $(READY)
 	@if [ -e $(RUN)/config.yaml ]; then \
 	  echo "== going on with $(RUN)"; $(BIN)/coterie resume $(RUN); \

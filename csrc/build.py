@@ -145,12 +145,15 @@ def cuda_command(source: Path, output: Path, torch: Torch) -> list[str]:
     if os.environ.get("COTERIE_SKIP_CUDA") == "1":
         raise Skipped("COTERIE_SKIP_CUDA=1", f"env -u COTERIE_SKIP_CUDA {COMMAND}")
     home, compiler = find_cuda(), find_compiler()
+    # the current stream is asked of libtorch_cuda by a weak symbol, which only resolves when
+    # libtorch.so, which brings it, stays among the needed libraries
     return [
         *[f"{home}/bin/nvcc", "-ccbin", compiler[-1], "-O3", "-std=c++20", "-shared", "-lineinfo"],
         *["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-DUSE_CUDA", _TARGET],
         *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()],
         *["-isystem", f"{torch.path}/include", str(source / "rows.cu"), "-o", str(output)],
-        *[f"-L{torch.path}/lib", "-ltorch", "-ltorch_cpu", "-lc10"],
+        *[f"-L{torch.path}/lib", "-Xlinker", "--no-as-needed"],
+        *["-ltorch", "-ltorch_cpu", "-lc10"],
     ]
 
 

@@ -39,7 +39,7 @@ class DataConfig(Config):
     sources: float = Field(default=0.25, ge=0, le=1)
     """The share of passages taken from Python's sources rather than its documentation."""
 
-    held_out: float = Field(default=0.1, ge=0, lt=1)
+    held_out: float = Field(default=0.1, gt=0, lt=1)
     """The share of images, of text and of documents kept out of training."""
 
     seed: int = Field(default=0, ge=0)

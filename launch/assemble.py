@@ -4,15 +4,13 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.comm.exchange.base import Exchange
-from coterie.core.errors import UserError
 from coterie.data import DataConfig, TokenDataset, open_dataset, prepare
 from coterie.launch.config import RunConfig
 from coterie.models import Decoder, initialise
-from coterie.parallel.distributed import Ranks, start
+from coterie.parallel.distributed import Ranks, agreed, start
 from coterie.parallel.layout import layout_of
 from coterie.parallel.precision import parameter_dtype, resolve
 
@@ -31,24 +29,19 @@ def data_cache() -> Path:
 
 
 def open_data(config: DataConfig, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
-    """(training, held-out) datasets; rank 0 builds the built-in corpus if need be, others wait.
+    """(training, held-out) datasets; rank 0 builds the built-in corpus first if need be.
 
     Raises:
         UserError: on all ranks.
     """
-    answer: list[Path | UserError | None] = [None]
-    if ranks.rank == 0:
-        try:
-            answer = [prepare(config, data_cache())]
-        except UserError as error:
-            answer = [error]
-    if ranks.world > 1:
-        dist.broadcast_object_list(answer, src=0, group=ranks.control)
-    path = answer[0]
-    if isinstance(path, UserError):
-        raise path
-    assert path is not None
-    return open_dataset(path, "train"), open_dataset(path, "held_out")
+
+    def opened() -> tuple[TokenDataset, TokenDataset]:
+        path = prepare(config, data_cache())
+        return open_dataset(path, "train"), open_dataset(path, "held_out")
+
+    # on other machines the others may have to build it for themselves
+    agreed(ranks, lambda: opened() if ranks.rank == 0 else None)
+    return agreed(ranks, opened)
 
 
 def build_model(config: RunConfig, ranks: Ranks) -> Decoder:

@@ -14,8 +14,8 @@ from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.training import CHECKPOINTS, choose_checkpoint
 from coterie.models import Decoder
-from coterie.parallel.checkpoint import load_tensors
-from coterie.parallel.distributed import Ranks, start
+from coterie.parallel.checkpoint import load_tensors, read_state
+from coterie.parallel.distributed import Ranks, start, world_from_environment
 from coterie.parallel.evaluate import evaluate as held_out_loss
 from coterie.parallel.layout import Layout
 from coterie.parallel.precision import resolve
@@ -39,11 +39,22 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
+    if world_from_environment()[1] > 1:
+        raise UserError(
+            "evaluate and generate run in one process: start them without torchrun and srun"
+        )
     checkpoint = choose_checkpoint(run_dir, step)
     if checkpoint is None:
         raise UserError(f"{run_dir / CHECKPOINTS} holds no checkpoint yet")
     ranks = start(Layout(world=1, ep=1), config.train.timeout)
     train, held_out = open_data(config.data, ranks)
+    trained_on = read_state(checkpoint)["sampler"]["fingerprint"]
+    if trained_on != train.fingerprint:
+        raise UserError(
+            f"{checkpoint} was trained on a dataset with fingerprint {trained_on[:16]}, and "
+            f"{train.path} has {train.fingerprint[:16]}: its held-out part may be "
+            "training data; bring back the dataset (the built-in one depends on Python's version)"
+        )
     model = build_model(config, ranks)
     load_tensors(checkpoint, model_tensors(model, ranks), strict=False)
     return Loaded(model, ranks, train, held_out, checkpoint)

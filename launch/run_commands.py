@@ -201,8 +201,17 @@ def _membership(nproc: int | None) -> membership.Membership | None:
 
 
 def _default_world(config: "RunConfig") -> int:
+    """One process for each GPU, or as many as fit the config; on a CPU `parallel.ep`."""
     import torch
 
+    from coterie.launch.check import check_world
+
+    for world in range(torch.cuda.device_count(), 0, -1):
+        try:
+            check_world(config, world)
+        except UserError:
+            continue
+        return world
     return torch.cuda.device_count() or config.parallel.ep
 
 
@@ -215,7 +224,9 @@ def _world(config: "RunConfig", ours: membership.Membership | None, wanted: int)
     world = ours.world if ours is not None else wanted
     gpus = torch.cuda.device_count()
     if ours is None and gpus and world > gpus:
-        raise UserError(f"--nproc is {world}, but this machine has {gpus} GPUs, one for a process")
+        raise UserError(
+            f"{world} processes were asked for, but this machine has {gpus} GPUs, one for each"
+        )
     check_world(config, world)
     return world
 

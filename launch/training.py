@@ -18,7 +18,7 @@ from coterie.launch.load_config import dump_config
 from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
 from coterie.parallel.checkpoint_format import step_of
-from coterie.parallel.distributed import Ranks, stop, world_from_environment
+from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
 from coterie.parallel.gradients import expert_parameters
 from coterie.parallel.monitors import JsonLines, Monitor, RunFacts, TensorBoard, Terminal
 from coterie.parallel.precision import bf16_slowdown, resolve
@@ -47,8 +47,6 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
         train_set, held_out = open_data(config.data, ranks)
         model = build_model(config, ranks)
         with Checkpointer(run_dir / CHECKPOINTS, config.checkpoint, ranks.saving) as checkpointer:
-            if ranks.rank == 0:
-                _write_config(config, run_dir)
             trainer = Trainer(
                 model,
                 Sampler(train_set, config.train.global_batch, config.train.seed),
@@ -65,6 +63,8 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
             checkpoint = None if fresh else _chosen(run_dir, step, ranks)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
+            # only now: what cannot go on must not replace the config of what could
+            agreed(ranks, lambda: _write_config(config, run_dir) if ranks.rank == 0 else None)
             _say(monitors, _facts(config, ranks, model, train_set))
             _say(monitors, _start(run_dir, fresh, checkpoint, trainer))
             if trainer.step >= config.train.steps:

@@ -82,7 +82,7 @@ class Attention(nn.Module):
 def rotate(x_BHSd: Tensor, theta: float) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama.
 
-    Angles are computed in float64: float32 would be off by radians at far positions.
+    Angles are computed in float64: float32 is off by more the farther the position.
     """
     seq, width = x_BHSd.shape[-2:]
     cos_Sd, sin_Sd = _rotation(seq, width, theta, x_BHSd.device, x_BHSd.dtype)

@@ -15,15 +15,25 @@ def grouped_ffn(
 ) -> Tensor:
     """y_AD = act(x · w_in[e]ᵀ) · w_out[e], rows in runs of ``load_E`` by expert.
 
-    All operands of one dtype. Half precision on CUDA takes torch's grouped matrix product, which
-    never waits for the device; everything else takes a loop over the experts (which needs the
+    All operands of one dtype. bfloat16 on a Hopper GPU takes torch's grouped matrix product, which
+    does not wait for the device; everything else takes a loop over the experts (which needs the
     counts on the host) with a hand-written backward pass.
     """
-    if x_AD.is_cuda and x_AD.dtype == torch.bfloat16:
+    if _grouped_mm_fits(x_AD, w_in_EHD, w_out_EFD):
         offset_E = load_E.cumsum(0, dtype=torch.int32)
         a_AF = ACTIVATIONS[activation].forward(F.grouped_mm(x_AD, w_in_EHD.mT, offs=offset_E))
         return F.grouped_mm(a_AF, w_out_EFD, offs=offset_E)
     return _LoopFFN.apply(x_AD, w_in_EHD, w_out_EFD, load_E.tolist(), activation)
+
+
+def _grouped_mm_fits(x_AD: Tensor, w_in_EHD: Tensor, w_out_EFD: Tensor) -> bool:
+    """Rows must be multiples of 16 bytes; on Blackwell the gradients of experts without rows were
+    wrong (pytorch issue 172439)."""
+    if not x_AD.is_cuda or x_AD.dtype != torch.bfloat16:
+        return False
+    widths = (x_AD.shape[1], w_in_EHD.shape[1], w_out_EFD.shape[1])
+    aligned = all(width % 8 == 0 for width in widths)
+    return aligned and torch.cuda.get_device_capability(x_AD.device)[0] == 9
 
 
 class _LoopFFN(torch.autograd.Function):

@@ -78,7 +78,7 @@ class CheckpointConfig(Config):
     keep: int = Field(default=3, ge=1)
     """Newest complete checkpoints that stay; older ones are deleted."""
     asynchronous: bool = True
-    """Write in the background. Costs CPU memory for a second copy of what a rank holds."""
+    """Write in the background. Either way a rank keeps a copy of what it saves in CPU memory."""
 
 
 class Checkpointer:

@@ -1,6 +1,6 @@
 """Settings of the training loop."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -48,7 +48,7 @@ class EvaluationConfig(Config):
     """Held-out sequences to use; null: all."""
     batch: int = Field(default=32, ge=1)
     """Sequences at once, over all ranks."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Prompts to continue after each evaluation; their images go to TensorBoard."""
     temperature: float = Field(default=0.7, ge=0)
     """Of sampling; 0 takes the most likely token."""

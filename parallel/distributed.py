@@ -1,15 +1,20 @@
 """Starting the process groups of a run, on CPU with gloo and on CUDA with NCCL alike."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from coterie.core.errors import UserError
 from coterie.parallel.layout import Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def start(layout: Layout, timeout: float) -> Ranks:
     rank, world = world_from_environment()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _device_index())
         torch.cuda.set_device(device)
     if world == 1:
         return Ranks(rank, world, device, layout)
@@ -76,12 +81,45 @@ def start(layout: Layout, timeout: float) -> Ranks:
     return make_groups(layout, device, limit)
 
 
+def _device_index() -> int:
+    """This rank's CUDA device: its local number, or the only one that the scheduler shows it."""
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1:
+        return 0
+    if local >= visible:
+        raise UserError(
+            f"local rank {local} has no GPU: this machine shows {visible}; start at most as many "
+            "processes on it"
+        )
+    return local
+
+
 def make_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Ranks:
     """The run's groups, out of the default process group; all its ranks call."""
     shape = (layout.replicas, layout.ep)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replica", "ep"))
+    for name in ("replica", "ep"):  # a mesh makes its groups with the backend's default limit
+        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return Ranks(dist.get_rank(), layout.world, device, layout, mesh, control, saving)
+
+
+def agreed(ranks: Ranks, function: Callable[[], T]) -> T:
+    """``function()`` of this rank; a UserError on any rank is raised on all, so that none waits."""
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = function()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem]
+    if ranks.world > 1:
+        problems = [None] * ranks.world
+        dist.all_gather_object(problems, problem, group=ranks.control)
+    for found in problems:
+        if found is not None:
+            raise UserError(found)
+    return cast(T, result)
 
 
 def stop() -> None:

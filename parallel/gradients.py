@@ -17,7 +17,7 @@ from coterie.moe.experts import Experts
 from coterie.parallel.distributed import Ranks
 
 BUCKET = 16 * 2**20
-"""Elements in one all-reduce at most: large enough for bandwidth, small enough to pipeline."""
+"""Elements in one all-reduce, unless one tensor has more: for bandwidth, yet pipelined."""
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:

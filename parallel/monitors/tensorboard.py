@@ -23,8 +23,8 @@ class TensorBoard(Monitor):
 
     def start(self, facts: RunFacts) -> None:
         # points of a killed run beyond the checkpoint are dropped from view
-        purge = facts.first_step + 1 if facts.first_step else None
-        self._writer = SummaryWriter(str(facts.folder / "tensorboard"), purge_step=purge)
+        folder = str(facts.folder / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=facts.first_step + 1)
         self._facts = facts
 
     def step(self, report: StepReport) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -96,3 +97,10 @@ def test_cuda_compiles_without_a_gpu_and_spills_nothing(tmp_path: Path) -> None:
     )
     assert len(usage) == 24  # 3 kernels, 4 dtypes, packs of 16 bytes or of one number
     assert set(usage) == {("0", "0", "0")}, "a kernel uses local memory or spills registers"
+
+    # without libtorch.so, which brings libtorch_cuda, the weak symbol for the stream stays null
+    if shutil.which("readelf"):
+        needed = subprocess.run(
+            ["readelf", "-d", str(tmp_path / "_cuda.so")], capture_output=True, text=True
+        )
+        assert "[libtorch.so]" in needed.stdout

@@ -141,3 +141,37 @@ def test_doctor_tells_the_two_apexes_apart(
         monkeypatch.delitem(sys.modules, name)
     finding = doctor._apex()
     assert finding.state == state and ("uninstall" in finding.fix) == (state == "gap")
+
+
+def test_a_refused_resume_leaves_the_runs_config_as_it_was(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "mine"
+    assert main(["train", "good.yaml", "--run-dir", str(run), "--nproc", "1"]) == 0
+    before = (run / "config.yaml").read_bytes()
+    assert main(["resume", str(run), "train.global_batch=16", "train.steps=6"]) == 2
+    assert "was 8 and is now 16" in capfd.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+    assert main(["resume", str(run), "train.steps=4"]) == 0
+    assert "steps: 4" in (run / "config.yaml").read_text()
+
+
+def test_evaluate_refuses_other_data_than_the_run_had(
+    place: Path, dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "mine"
+    assert main(["train", "good.yaml", "--run-dir", str(run), "--nproc", "1"]) == 0
+    other = place / "other"
+    shutil.copytree(dataset, other)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(dataset), str(other)))
+    assert main(["evaluate", str(run)]) == 0  # a copy is the same data
+
+    source = place / "pages"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number}.txt").write_text(f"page {number} " * 20)
+    shutil.rmtree(other)
+    assert main(["data", "build", str(source), str(other), "--sequence", "32"]) == 0
+    assert main(["evaluate", str(run)]) == 2
+    assert "fingerprint" in capfd.readouterr().err
