@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from coterie.core.errors import UserError
-from coterie.data.batch import IGNORE, Batch, collate
+from coterie.data.batch import Batch, collate
 from coterie.data.order import Indices, shuffled
 from coterie.data.shards import TokenDataset
 
@@ -59,12 +59,6 @@ class Sampler:
         index_B = self.batch_indices(step)[first : first + size]
         sample_B = np.arange(first, first + size) + step * self.global_batch
         return collate(self.dataset.rows(index_B), self.dataset.vocabulary, sample_B, index_B)
-
-    def count_targets(self, step: int) -> int:
-        """Targets of the whole global batch: what to divide the summed loss by, on every rank."""
-        index_B = self.batch_indices(step)
-        batch = collate(self.dataset.rows(index_B), self.dataset.vocabulary, index_B, index_B)
-        return int((batch.targets_BS != IGNORE).sum())
 
     def state_dict(self) -> dict[str, int | str]:
         """Everything needed to go on: plain values."""
