@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from coterie.comm.objects import gather_objects
 from coterie.data import Vocabulary
 from coterie.models import Decoder
 from coterie.models.generate import generate
@@ -47,10 +47,7 @@ def image_drawer(
             group=ranks.data_group,
         )
         found = {n: first_image(t, vocabulary) for n, t in zip(mine, continued, strict=True)}
-        parts = [found]
-        if ranks.world > 1:
-            parts = [{} for _ in range(ranks.world)]
-            dist.all_gather_object(parts, found, group=ranks.control)
+        parts = gather_objects(found, ranks.control)
         images = {n: image for part in parts for n, image in part.items() if image is not None}
         return {prompts[number]: images[number] for number in sorted(images)}
 

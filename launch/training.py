@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from coterie.comm.objects import from_rank_zero
 from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.launch import child
@@ -60,7 +60,9 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 [_Attached(), *monitors],
                 _drawer(config, ranks, train_set),
             )
-            checkpoint = None if fresh else _chosen(run_dir, step, ranks)
+            checkpoint = None
+            if not fresh:  # one choice for all: file systems may show a checkpoint late
+                checkpoint = from_rank_zero(lambda: choose_checkpoint(run_dir, step), ranks.control)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
             # only now: what cannot go on must not replace the config of what could
@@ -127,25 +129,6 @@ def _drawer(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> Any:
         evaluation.temperature,
         config.train.seed,
     )
-
-
-def _chosen(run_dir: Path, step: int | None, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from, the same on all ranks; None: none was saved yet.
-
-    Raises:
-        UserError: on all ranks: there is no checkpoint of ``step``.
-    """
-    answer: list[Path | UserError | None] = [None]
-    if ranks.rank == 0:
-        try:
-            answer = [choose_checkpoint(run_dir, step)]
-        except UserError as error:
-            answer = [error]
-    if ranks.world > 1:
-        dist.broadcast_object_list(answer, src=0, group=ranks.control)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
 
 
 def choose_checkpoint(run_dir: Path, step: int | None) -> Path | None:

@@ -10,7 +10,6 @@ import json
 import platform
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Self
@@ -25,6 +24,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from coterie.comm.objects import from_rank_zero, gather_objects
 from coterie.core.config import Config
 from coterie.core.errors import UserError, nearest
 from coterie.parallel.checkpoint_format import (
@@ -103,7 +103,7 @@ class Checkpointer:
         self._group = group
         self._rank = _rank(group)
         self._lock: RunLock | None = None
-        self._token: str = _on_rank_zero(group, self._open)
+        self._token: str = from_rank_zero(self._open, group)
         self._stager = Stager()
         self._step = 0
         self._thread: threading.Thread | None = None
@@ -245,7 +245,7 @@ def load_tensors(
         _check_match(path, manifest, into)
     except UserError as refusal:
         error = str(refusal)
-    answers = _gather(group, (error, list(into)))
+    answers = gather_objects((error, list(into)), group)
     for problem, _ in answers:
         if problem is not None:
             raise UserError(problem)
@@ -309,26 +309,3 @@ def _versions() -> dict[str, str]:
 
 def _rank(group: ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
-
-
-def _gather(group: ProcessGroup | None, value: Any) -> list[Any]:
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _on_rank_zero(group: ProcessGroup | None, function: Callable[[], str]) -> str:
-    """What ``function`` returns on rank 0, or the exception it raises there, on all ranks."""
-    answer: list[Any] = [None]
-    if _rank(group) == 0:
-        try:
-            answer = [function()]
-        except Exception as error:
-            answer = [error]
-    if group is not None:
-        dist.broadcast_object_list(answer, group_src=0, group=group)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return str(answer[0])

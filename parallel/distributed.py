@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from coterie.comm.objects import gather_objects
 from coterie.core.errors import UserError
 from coterie.parallel.layout import Layout
 
@@ -112,11 +113,7 @@ def agreed(ranks: Ranks, function: Callable[[], T]) -> T:
         result = function()
     except UserError as error:
         problem = str(error)
-    problems = [problem]
-    if ranks.world > 1:
-        problems = [None] * ranks.world
-        dist.all_gather_object(problems, problem, group=ranks.control)
-    for found in problems:
+    for found in gather_objects(problem, ranks.control):
         if found is not None:
             raise UserError(found)
     return cast(T, result)

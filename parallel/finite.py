@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from coterie.comm.objects import gather_objects
 from coterie.core.errors import RunError
 from coterie.data import Batch
 from coterie.models import Decoder
@@ -39,11 +39,7 @@ def require_finite(
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    here = _diagnose(model, batches, ranks, precision, seed)
-    found = [here]
-    if ranks.world > 1:
-        found = [here] * ranks.world
-        dist.all_gather_object(found, here, group=ranks.control)
+    found = gather_objects(_diagnose(model, batches, ranks, precision, seed), ranks.control)
     what = "the loss" if not math.isfinite(loss) else "the gradient norm"
     raise NonFiniteError(
         f"step {step}: {what} is {loss if not math.isfinite(loss) else norm}; {_origin(found)}; "
