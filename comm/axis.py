@@ -13,6 +13,7 @@ class Axis:
     built for any place without a process group, and then shows the shapes it has there.
     """
 
+    name: str = ""
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
@@ -24,5 +25,30 @@ class Axis:
         return range(min(self.rank * each, length), min((self.rank + 1) * each, length))
 
 
-ALONE = Axis()
-"""Nothing is split."""
+@dataclass(frozen=True)
+class Axes:
+    """What a model's layers are split over; by default nothing is."""
+
+    tp: Axis = Axis("tp")
+    """Tensor parallelism: heads, feed-forward width, vocabulary; activations by sequence."""
+    cp: Axis = Axis("cp")
+    """Context parallelism: the sequence."""
+    ep: Axis = Axis("ep")
+    """Place among those that hold different experts (no group of its own: see ``expert``)."""
+    etp: Axis = Axis("etp")
+    """Place among those that split the width of the same experts."""
+    expert: Axis = Axis("expert")
+    """The ranks that rows travel between: ep × etp, etp fastest."""
+    sequence: Axis = Axis("sequence")
+    """The ranks that hold parts of the same sequences: cp × tp, tp fastest."""
+    data: Axis = Axis("data")
+    """The ranks whose tokens make up the global micro-batch."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Dimension ``dim`` of a parameter, ``length`` long in the whole, is split over ``axis``."""
+
+    dim: int
+    axis: Axis
+    length: int

@@ -3,23 +3,17 @@
 import os
 from pathlib import Path
 
-import torch
-
-from coterie.comm.exchange.all_to_all import AllToAllExchange
-from coterie.comm.exchange.base import Exchange
 from coterie.data import DataConfig, TokenDataset, open_dataset, prepare
 from coterie.launch.config import RunConfig
-from coterie.models import Decoder, initialise
 from coterie.parallel.distributed import Ranks, agreed, start
-from coterie.parallel.layout import layout_of
+from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import parameter_dtype, resolve
+from coterie.parallel.rules import blocks_of_stages, layout_of
 
 
 def join(config: RunConfig, world: int) -> Ranks:
     """Check that ``world`` processes can run ``config``, and join them. UserError when not."""
-    moe = config.model.moe
-    layout = layout_of(config.parallel, world, moe.experts.count if moe else None)
-    return start(layout, config.train.timeout)
+    return start(layout_of(config.parallel, world, config.model), config.train.timeout)
 
 
 def data_cache() -> Path:
@@ -44,14 +38,17 @@ def open_data(config: DataConfig, ranks: Ranks) -> tuple[TokenDataset, TokenData
     return agreed(ranks, opened)
 
 
-def build_model(config: RunConfig, ranks: Ranks) -> Decoder:
-    """The initialised model on this rank's device, with this rank's experts."""
-    exchange: Exchange | None = None
-    if ranks.expert_group is not None and ranks.layout.ep > 1:
-        exchange = AllToAllExchange(ranks.expert_group)
-    with torch.device("meta"):
-        model = Decoder(config.model, exchange, ranks.data_group, config.train.recompute)
+def build_model(config: RunConfig, ranks: Ranks) -> ParallelModel:
+    """The initialised model: this rank's part of it, on its device."""
+    blocks: tuple[range, ...] = (range(config.model.layers),)
+    if ranks.layout.pp > 1:
+        blocks = blocks_of_stages(config.parallel, config.model.layers)
     precision = resolve(config.train.precision, ranks.device)
-    model = model.to(parameter_dtype(precision)).to_empty(device=ranks.device)
-    initialise(model, config.train.seed, residual_branches=2 * config.model.layers)
-    return model
+    return ParallelModel(
+        config.model,
+        blocks,
+        ranks,
+        config.train.recompute,
+        parameter_dtype(precision),
+        config.train.seed,
+    )

@@ -9,7 +9,8 @@ from coterie.core.errors import UserError
 from coterie.data.manifest import Manifest, read_manifest
 from coterie.data.vocabulary import Vocabulary
 from coterie.launch.config import RunConfig
-from coterie.parallel.layout import layout_of
+from coterie.parallel.layout import Layout
+from coterie.parallel.rules import layout_of
 
 CONFIG = "config.yaml"
 """The resolved config in a run's folder."""
@@ -17,20 +18,40 @@ CONFIG = "config.yaml"
 
 def check_world(config: RunConfig, world: int) -> None:
     """Raises UserError when ``world`` processes cannot run ``config``."""
-    moe = config.model.moe
-    layout_of(config.parallel, world, moe.experts.count if moe else None)
+    layout = layout_of(config.parallel, world, config.model)
     train, batch = config.train, config.evaluation.batch
-    if train.global_batch % (train.accumulation * world):
+    if train.global_batch % (train.accumulation * layout.dp):
         raise UserError(
             f"train.global_batch is {train.global_batch}, but must be a multiple of "
-            f"train.accumulation {train.accumulation} × {world} processes: use "
-            f"{_multiple_near(train.global_batch, train.accumulation * world)}"
+            f"train.accumulation {train.accumulation} × {_data_parallel(layout)}: use "
+            f"{_multiple_near(train.global_batch, train.accumulation * layout.dp)}"
         )
-    if batch % world:
+    if batch % layout.dp:
         raise UserError(
-            f"evaluation.batch is {batch}, but must be a multiple of {world} processes: use "
-            f"{_multiple_near(batch, world)}"
+            f"evaluation.batch is {batch}, but must be a multiple of {_data_parallel(layout)}: "
+            f"use {_multiple_near(batch, layout.dp)}"
         )
+    unit = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
+    if config.data.sequence % unit:
+        raise UserError(
+            f"data.sequence is {config.data.sequence}, but must be a multiple of {unit} for tp "
+            f"{layout.tp} and cp {layout.cp}: use {_multiple_near(config.data.sequence, unit)}"
+        )
+    if layout.schedule == "1f1b" and train.accumulation < layout.pp:
+        raise UserError(
+            f"train.accumulation is {train.accumulation}, but a pipeline of {layout.pp} ranks "
+            f"needs as many micro-batches: use {layout.pp} or more"
+        )
+    if layout.schedule != "1f1b" and train.accumulation % layout.pp:
+        raise UserError(
+            f"train.accumulation is {train.accumulation}, but schedule {layout.schedule} over "
+            f"{layout.pp} ranks needs a multiple of {layout.pp} micro-batches: use "
+            f"{_multiple_near(train.accumulation, layout.pp)}"
+        )
+
+
+def _data_parallel(layout: Layout) -> str:
+    return f"{layout.dp} data-parallel rank{'s' if layout.dp > 1 else ''}"
 
 
 def check_data(config: RunConfig) -> None:

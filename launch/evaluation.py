@@ -13,21 +13,20 @@ from coterie.launch.assemble import build_model, open_data
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.training import CHECKPOINTS, choose_checkpoint
-from coterie.models import Decoder
 from coterie.parallel.checkpoint import load_tensors, read_state
-from coterie.parallel.distributed import Ranks, start, world_from_environment
+from coterie.parallel.distributed import start, world_from_environment
 from coterie.parallel.evaluate import evaluate as held_out_loss
 from coterie.parallel.layout import Layout
-from coterie.parallel.precision import resolve
-from coterie.parallel.run_state import model_tensors
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.precision import Precision, resolve
+from coterie.parallel.run_state import model_parts
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A trained model in this one process, with all its experts."""
 
-    model: Decoder
-    ranks: Ranks
+    model: ParallelModel
     train: TokenDataset
     held_out: TokenDataset
     checkpoint: Path
@@ -46,7 +45,7 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
     checkpoint = choose_checkpoint(run_dir, step)
     if checkpoint is None:
         raise UserError(f"{run_dir / CHECKPOINTS} holds no checkpoint yet")
-    ranks = start(Layout(world=1, ep=1), config.train.timeout)
+    ranks = start(Layout(), config.train.timeout)
     train, held_out = open_data(config.data, ranks)
     trained_on = read_state(checkpoint)["sampler"]["fingerprint"]
     if trained_on != train.fingerprint:
@@ -56,8 +55,8 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
             "training data; bring back the dataset (the built-in one depends on Python's version)"
         )
     model = build_model(config, ranks)
-    load_tensors(checkpoint, model_tensors(model, ranks), strict=False)
-    return Loaded(model, ranks, train, held_out, checkpoint)
+    load_tensors(checkpoint, model_parts(model), strict=False)
+    return Loaded(model, train, held_out, checkpoint)
 
 
 def evaluate(config: RunConfig, run_dir: Path, step: int | None) -> dict[str, float]:
@@ -67,8 +66,7 @@ def evaluate(config: RunConfig, run_dir: Path, step: int | None) -> dict[str, fl
     metrics = held_out_loss(
         loaded.model,
         loaded.held_out,
-        loaded.ranks,
-        resolve(config.train.precision, loaded.ranks.device),
+        precision_of(config, loaded),
         config.evaluation.batch,
         config.evaluation.sequences,
     )
@@ -80,11 +78,19 @@ def evaluate(config: RunConfig, run_dir: Path, step: int | None) -> dict[str, fl
 def draw_digits(config: RunConfig, loaded: Loaded) -> dict[str, npt.NDArray[np.int64]]:
     """One image for each of the ten captions, as drawn during training."""
     captions = [caption(digit) for digit in range(10)]
-    temperature = config.evaluation.temperature
     draw = image_drawer(
-        captions, loaded.train.vocabulary, loaded.ranks, temperature, config.train.seed
+        captions,
+        loaded.train.vocabulary,
+        precision_of(config, loaded),
+        config.evaluation.temperature,
+        config.train.seed,
     )
     return draw(loaded.model)
+
+
+def precision_of(config: RunConfig, loaded: Loaded) -> Precision:
+    """What the model computes in here."""
+    return resolve(config.train.precision, loaded.model.ranks.device)
 
 
 def recognised(images: dict[str, npt.NDArray[np.int64]], held_out: float) -> int:

@@ -1,6 +1,7 @@
 """`coterie generate`: continue a prompt; text to the terminal, images to PNG files."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ from PIL import Image
 
 from coterie.core.errors import UserError
 from coterie.launch.config import RunConfig
-from coterie.launch.evaluation import load_model
+from coterie.launch.evaluation import load_model, precision_of
 from coterie.launch.images import encode_prompt
 from coterie.models.generate import generate as continue_prompts
+from coterie.parallel.forward import whole_logits
 
 _ZOOM = 32  # an 8 × 8 image as 256 × 256 pixels
 
@@ -48,9 +50,11 @@ def generate(
     loaded = load_model(config, run_dir, step)
     vocabulary = loaded.train.vocabulary
     tokens = encode_prompt(prompt, vocabulary)
+    device = loaded.model.ranks.device
+    loaded.model.eval()
     samples = continue_prompts(
-        loaded.model,
-        [tokens.to(loaded.ranks.device)] * count,
+        partial(whole_logits, loaded.model, precision=precision_of(config, loaded)),
+        [tokens.to(device)] * count,
         range(count),
         stop=[vocabulary.eod],
         length=length,
@@ -58,6 +62,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         vocabulary=vocabulary.size,
+        device=device,
     )
     results = []
     for number, sample in enumerate(samples):

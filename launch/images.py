@@ -1,6 +1,7 @@
 """Continuations of prompts during training, and the images among them."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from coterie.comm.objects import gather_objects
 from coterie.data import Vocabulary
-from coterie.models import Decoder
 from coterie.models.generate import generate
-from coterie.parallel.distributed import Ranks
+from coterie.parallel.forward import whole_logits
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.precision import Precision
 from coterie.parallel.trainer import DrawImages
 
 _TEXT_ROOM = 16  # new tokens allowed besides one image and its markers
@@ -29,14 +31,21 @@ def first_image(tokens: Tensor, vocabulary: Vocabulary) -> npt.NDArray[np.int64]
 
 
 def image_drawer(
-    prompts: Sequence[str], vocabulary: Vocabulary, ranks: Ranks, temperature: float, seed: int
+    prompts: Sequence[str],
+    vocabulary: Vocabulary,
+    precision: Precision,
+    temperature: float,
+    seed: int,
 ) -> DrawImages:
-    """Draws one image for each prompt, the prompts split over the ranks."""
+    """Draws one image for each prompt, the prompts split over the data-parallel ranks."""
 
-    def draw(model: Decoder) -> dict[str, npt.NDArray[np.int64]]:
-        mine = range(ranks.rank, len(prompts), ranks.world)
+    def draw(model: ParallelModel) -> dict[str, npt.NDArray[np.int64]]:
+        ranks = model.ranks
+        mine = range(ranks.place.dp, len(prompts), ranks.layout.dp)
+        was_training = model.training
+        model.eval()
         continued = generate(
-            model,
+            partial(whole_logits, model, precision=precision),
             [encode_prompt(prompts[number], vocabulary).to(ranks.device) for number in mine],
             mine,
             stop=[vocabulary.eoi, vocabulary.eod],
@@ -44,8 +53,10 @@ def image_drawer(
             temperature=temperature,
             seed=seed,
             vocabulary=vocabulary.size,
-            group=ranks.data_group,
+            device=ranks.device,
+            group=ranks.everyone,
         )
+        model.train(was_training)
         found = {n: first_image(t, vocabulary) for n, t in zip(mine, continued, strict=True)}
         parts = gather_objects(found, ranks.control)
         images = {n: image for part in parts for n, image in part.items() if image is not None}

@@ -1,6 +1,7 @@
 """`coterie train` and `coterie resume`, on every rank."""
 
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import dump_config
-from coterie.models import Decoder
+from coterie.models.placement import parameter_counts
 from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
-from coterie.parallel.gradients import expert_parameters
 from coterie.parallel.monitors import JsonLines, Monitor, RunFacts, TensorBoard, Terminal
 from coterie.parallel.precision import bf16_slowdown, resolve
-from coterie.parallel.trainer import Outcome, Trainer
+from coterie.parallel.trainer import DrawImages, Outcome, Trainer
 
 CHECKPOINTS = "checkpoints"
 _SLOW = 4.0  # times slower than fp32: worth a warning
@@ -51,7 +51,6 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 model,
                 Sampler(train_set, config.train.global_batch, config.train.seed),
                 held_out,
-                ranks,
                 config.train,
                 config.optimizer,
                 config.evaluation,
@@ -67,7 +66,7 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 trainer.restore(checkpoint)
             # only now: what cannot go on must not replace the config of what could
             agreed(ranks, lambda: _write_config(config, run_dir) if ranks.rank == 0 else None)
-            _say(monitors, _facts(config, ranks, model, train_set))
+            _say(monitors, _facts(config, ranks, train_set))
             _say(monitors, _start(run_dir, fresh, checkpoint, trainer))
             if trainer.step >= config.train.steps:
                 return Outcome(trainer.step, True, {})
@@ -113,19 +112,19 @@ def _state(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     are keyed by (seed, step, sample)."""
     return {
         "config": config.model_dump(mode="json"),
-        "layout": {"world": ranks.world, "ep": ranks.layout.ep},
+        "layout": {"world": ranks.world, **asdict(ranks.layout)},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
 
 
-def _drawer(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> Any:
+def _drawer(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> DrawImages | None:
     evaluation = config.evaluation
     if not evaluation.prompts:
         return None
     return image_drawer(
         evaluation.prompts,
         dataset.vocabulary,
-        ranks,
+        resolve(config.train.precision, ranks.device),
         evaluation.temperature,
         config.train.seed,
     )
@@ -148,20 +147,15 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> Path | None:
     raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}")
 
 
-def _facts(config: RunConfig, ranks: Ranks, model: Decoder, dataset: TokenDataset) -> str:
+def _facts(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> str:
     """One line on what is about to run."""
-    here = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for p in expert_parameters(model))
-    total = here + experts * (ranks.layout.ep - 1)
-    active = total
-    if config.model.moe is not None:
-        share = config.model.moe.router.k / config.model.moe.experts.count
-        active = here - experts + int(experts * ranks.layout.ep * share)
+    total, active = parameter_counts(config.model)
     precision = resolve(config.train.precision, ranks.device)
+    processes = f"{ranks.world} process{'es' if ranks.world > 1 else ''}"
+    split = f" ({ranks.layout.describe()})" if ranks.world > 1 else ""
     return (
         f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active for a token; "
-        f"{len(dataset):,} sequences of {dataset.sequence} tokens; {ranks.world} process"
-        f"{'es' if ranks.world > 1 else ''} (expert parallel {ranks.layout.ep}) on "
+        f"{len(dataset):,} sequences of {dataset.sequence} tokens; {processes}{split} on "
         f"{ranks.device.type} in {precision}"
     )
 

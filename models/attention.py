@@ -8,6 +8,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from coterie.comm.axis import Axis, Cut
+from coterie.comm.sequence import (
+    all_context_positions,
+    context_positions,
+    gather,
+    reduce_scatter,
+)
 from coterie.core.config import Config
 
 
@@ -40,60 +47,126 @@ class AttentionConfig(Config):
 class Attention(nn.Module):
     """softmax(q·kᵀ/√d)·v over earlier positions; weights D × (heads · d), without biases.
 
-    ``norm_eps``: RMSNorm's epsilon, for ``qk_norm``.
+    ``tp`` splits the heads; between layers each of its ranks holds a part of the sequence.
+    ``cp`` splits the sequence: each of its ranks computes the queries of its positions over the
+    keys and values of all. ``norm_eps``: RMSNorm's epsilon, for ``qk_norm``.
     """
 
-    def __init__(self, width: int, config: AttentionConfig, norm_eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        config: AttentionConfig,
+        norm_eps: float,
+        tp: Axis = Axis("tp"),
+        cp: Axis = Axis("cp"),
+    ) -> None:
         super().__init__()
+        self.tp, self.cp = tp, cp
         self.head_width = config.head_width or width // config.heads
         kv_heads = config.kv_heads or config.heads
+        for what, count in (("heads", config.heads), ("kv_heads", kv_heads)):
+            if count % tp.size:
+                raise ValueError(f"{what} {count} do not divide over {tp.size} ranks")
         self.theta = config.rope_theta
         self.within_documents = config.within_documents
         self.grouped = kv_heads != config.heads
-        self.q = nn.Linear(width, config.heads * self.head_width, bias=False)
-        self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.out = nn.Linear(config.heads * self.head_width, width, bias=False)
+        q_width, kv_width = config.heads * self.head_width, kv_heads * self.head_width
+        self.q = nn.Linear(width, q_width // tp.size, bias=False)
+        self.k = nn.Linear(width, kv_width // tp.size, bias=False)
+        self.v = nn.Linear(width, kv_width // tp.size, bias=False)
+        self.out = nn.Linear(q_width // tp.size, width, bias=False)
+        self.cuts = {
+            "q.weight": (Cut(0, tp, q_width),),
+            "k.weight": (Cut(0, tp, kv_width),),
+            "v.weight": (Cut(0, tp, kv_width),),
+            "out.weight": (Cut(1, tp, q_width),),
+        }
         norm = partial(nn.RMSNorm, self.head_width, eps=norm_eps)
         self.q_norm = norm() if config.qk_norm else nn.Identity()
         self.k_norm = norm() if config.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
-        """(B, S, D) → (B, S, D). ``document_BS``: int64, used with ``within_documents``."""
+        """(B, S, D) → (B, S, D), S this rank's positions. ``document_BS``: int64 over whole
+        sequences, used with ``within_documents``."""
+        x_BSD = gather(x_BSD, 1, self.tp)
         heads = (-1, self.head_width)
         q_BHSd = self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         k_BHSd = self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         v_BHSd = self.v(x_BSD).unflatten(-1, heads).transpose(1, 2)
-        q_BHSd, k_BHSd = rotate(q_BHSd, self.theta), rotate(k_BHSd, self.theta)
-        mask_B1SS = None
-        if self.within_documents and document_BS is not None:
-            mask_B1SS = (document_BS[:, None, :, None] == document_BS[:, None, None, :]).tril()
-        y_BHSd = F.scaled_dot_product_attention(
+        length = x_BSD.shape[1] * self.cp.size
+        position_S = context_positions(length, self.cp, x_BSD.device)
+        q_BHSd = rotate(q_BHSd, position_S, self.theta)
+        k_BHSd = rotate(k_BHSd, position_S, self.theta)
+        if not self.within_documents:
+            document_BS = None
+        if self.cp.size == 1:
+            y_BHSd = self._attend(q_BHSd, k_BHSd, v_BHSd, document_BS, 0)
+        else:
+            y_BHSd = self._attend_over_ranks(q_BHSd, k_BHSd, v_BHSd, document_BS)
+        return reduce_scatter(self.out(y_BHSd.transpose(1, 2).flatten(2)), 1, self.tp)
+
+    def _attend_over_ranks(
+        self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, document_BS: Tensor | None
+    ) -> Tensor:
+        """Both pieces of this rank's queries, each over the keys of all ranks up to its end."""
+        kv_BHSd = gather(torch.cat([k_BHSd, v_BHSd], 1), 2, self.cp)
+        length = kv_BHSd.shape[2]
+        order_S = all_context_positions(length, self.cp, kv_BHSd.device).argsort()
+        k_BHSd, v_BHSd = kv_BHSd[:, :, order_S].chunk(2, 1)
+        piece = length // (2 * self.cp.size)
+        outputs = []
+        for q_BHPd, number in zip(
+            q_BHSd.split(piece, 2), (self.cp.rank, 2 * self.cp.size - 1 - self.cp.rank), strict=True
+        ):
+            first, end = number * piece, (number + 1) * piece
+            seen_BS = None if document_BS is None else document_BS[:, :end]
+            outputs.append(
+                self._attend(q_BHPd, k_BHSd[:, :, :end], v_BHSd[:, :, :end], seen_BS, first)
+            )
+        return torch.cat(outputs, 2)
+
+    def _attend(
+        self,
+        q_BHSd: Tensor,
+        k_BHKd: Tensor,
+        v_BHKd: Tensor,
+        document_BK: Tensor | None,
+        first: int,
+    ) -> Tensor:
+        """Queries at positions from ``first`` on, over keys from 0 on (K = first + S of them)."""
+        mask = None
+        queries = q_BHSd.shape[2]
+        if document_BK is not None:
+            document_BS = document_BK[:, first : first + queries]
+            same_BSK = document_BS[:, :, None] == document_BK[:, None, :]
+            mask = same_BSK.tril(first)[:, None]
+        elif first:
+            mask = q_BHSd.new_ones(queries, k_BHKd.shape[2], dtype=torch.bool).tril(first)
+        return F.scaled_dot_product_attention(
             q_BHSd,
-            k_BHSd,
-            v_BHSd,
-            attn_mask=mask_B1SS,
-            is_causal=mask_B1SS is None,
+            k_BHKd,
+            v_BHKd,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=self.grouped,
         )
-        return self.out(y_BHSd.transpose(1, 2).flatten(2))
 
 
-def rotate(x_BHSd: Tensor, theta: float) -> Tensor:
+def rotate(x_BHSd: Tensor, position_S: Tensor, theta: float) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama.
 
     Angles are computed in float64: float32 is off by more the farther the position.
     """
-    seq, width = x_BHSd.shape[-2:]
-    cos_Sd, sin_Sd = _rotation(seq, width, theta, x_BHSd.device, x_BHSd.dtype)
+    cos_Sd, sin_Sd = _rotation(position_S, x_BHSd.shape[-1], theta, x_BHSd.dtype)
     first, second = x_BHSd.chunk(2, -1)
     return x_BHSd * cos_Sd + torch.cat([-second, first], -1) * sin_Sd
 
 
 def _rotation(
-    seq: int, width: int, theta: float, device: torch.device, dtype: torch.dtype
+    position_S: Tensor, width: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    device = position_S.device
     exponent = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
-    angle_Sd = torch.outer(torch.arange(seq, device=device, dtype=torch.float64), theta**-exponent)
+    angle_Sd = torch.outer(position_S.double(), theta**-exponent)
     angle_Sd = torch.cat([angle_Sd, angle_Sd], -1)
     return angle_Sd.cos().to(dtype), angle_Sd.sin().to(dtype)

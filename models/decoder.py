@@ -2,22 +2,25 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from coterie.comm.exchange.base import Exchange
+from coterie.comm.axis import Axes
+from coterie.comm.sequence import all_context_positions, gather
 from coterie.core.config import Config
 from coterie.core.random import fold
 from coterie.models.attention import Attention, AttentionConfig
+from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class DecoderConfig(Config):
@@ -68,45 +71,61 @@ class DecoderConfig(Config):
         return self.moe is not None and layer not in self.dense_layers
 
 
-@dataclass(frozen=True)
-class DecoderOutput:
+class DecoderOutput(NamedTuple):
     """The result for one micro-batch."""
 
-    logits_BSV: Tensor
+    x: Tensor
+    """Activations (B, S, D), or what the output layer makes of them: logits (B, S, V)."""
     losses: dict[str, Tensor]
     """Router losses by name, summed over layers: this rank's shares, coefficients applied."""
     stats: dict[int, RoutingStats]
     """By the number of each mixture-of-experts layer."""
 
 
+@dataclass(frozen=True)
+class DecoderPart:
+    """Which part of a decoder: consecutive blocks, and what stands before and after them."""
+
+    blocks: range
+    embedding: bool
+    head: bool
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(
-        self,
-        layer: int,
-        config: DecoderConfig,
-        exchange: Exchange | None,
-        balance_group: ProcessGroup | None,
+        self, layer: int, config: DecoderConfig, axes: Axes = Axes(), recompute: Recompute = "none"
     ) -> None:
         super().__init__()
         self.layer = layer
+        self.recompute = recompute
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config.width, config.attention, config.norm_eps)
+        self.attention = Attention(
+            config.width, config.attention, config.norm_eps, axes.tp, axes.cp
+        )
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.moe: MoELayer | None = None
         self.feed_forward: FeedForward | None = None
         if config.is_moe(layer):
             assert config.moe is not None
-            self.moe = MoELayer(config.width, config.moe, exchange, balance_group)
+            self.moe = MoELayer(config.width, config.moe, axes)
         else:
             assert config.feed_forward is not None
-            self.feed_forward = FeedForward(config.width, config.feed_forward)
+            self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp)
 
     def forward(
-        self, x_BSD: Tensor, info: TokenInfo
+        self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
-        document_BS = None if info.document_T is None else info.document_T.view(x_BSD.shape[:2])
+        """``document_BS``: of whole sequences, where attention is kept inside documents."""
+        if self.recompute == "full" and torch.is_grad_enabled():
+            # inside the module: FSDP's hooks stand around it
+            return checkpoint(self._run, x_BSD, info, document_BS, use_reentrant=False)
+        return self._run(x_BSD, info, document_BS)
+
+    def _run(
+        self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
@@ -119,42 +138,71 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits.
+    """Token ids to logits; or, with ``part``, one stage of that.
 
-    ``recompute``: blocks keep only their input and run again in the backward pass.
+    ``axes``: the ranks it is spread over. With them the activations between blocks, and what
+    ``info`` says, are of this rank's positions (:func:`coterie.comm.sequence.sequence_part`).
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        exchange: Exchange | None = None,
-        balance_group: ProcessGroup | None = None,
-        recompute: bool = False,
+        axes: Axes = Axes(),
+        part: DecoderPart | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.recompute = recompute
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(
-            Block(layer, config, exchange, balance_group) for layer in range(config.layers)
+        part = part or DecoderPart(range(config.layers), embedding=True, head=True)
+        self.axes = axes
+        self.within_documents = config.attention.within_documents
+        self.embedding: VocabularyEmbedding | None = None
+        if part.embedding:
+            self.embedding = VocabularyEmbedding(config.vocabulary, config.width, axes.tp)
+        # names carry the number in the whole model
+        self.blocks = nn.ModuleDict(
+            {str(layer): Block(layer, config, axes, recompute) for layer in part.blocks}
         )
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        if config.tie_embeddings:
+        self.norm: nn.RMSNorm | None = None
+        self.head: VocabularyHead | None = None
+        if part.head:
+            self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.head = VocabularyHead(config.width, config.vocabulary, axes.tp)
+        self.tied = config.tie_embeddings and part.embedding and part.head
+        self.tie()
+
+    def tie(self) -> None:
+        """Give the output layer the embedding's weights, if it shares them."""
+        if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, info: TokenInfo | None = None) -> DecoderOutput:
-        """``tokens_BS``: int64; ``info``: the facts of the B · S tokens, in the same order."""
+    def forward(self, x: Tensor, info: TokenInfo | None = None) -> DecoderOutput:
+        """``x``: int64 token ids (B, S), S the positions of this context-parallel rank; for a part
+        without an embedding, activations (B, S, D). ``info``: of the B · S tokens whose activations
+        this rank holds, in that order."""
         info = info or TokenInfo()
-        x_BSD = self.embedding(tokens_BS)
+        if self.embedding is not None:
+            x = self.embedding(x)
+        document_BS = self._documents(info, x.shape[0])
         losses: dict[str, Tensor] = {}
         stats: dict[int, RoutingStats] = {}
-        for block in cast(Iterable[Block], self.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                x_BSD, own, seen = checkpoint(block, x_BSD, info, use_reentrant=False)
-            else:
-                x_BSD, own, seen = block(x_BSD, info)
+        for block in cast(Iterable[Block], self.blocks.values()):
+            x, own, seen = block(x, info, document_BS)
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0.0) + loss
             if seen is not None:
                 stats[block.layer] = seen
-        return DecoderOutput(self.head(self.norm(x_BSD)), losses, stats)
+        if self.head is not None:
+            assert self.norm is not None
+            x = self.head(self.norm(x))
+        return DecoderOutput(x, losses, stats)
+
+    def _documents(self, info: TokenInfo, rows: int) -> Tensor | None:
+        """int64 (B, S) of whole sequences, in the order of their positions."""
+        if not self.within_documents or info.document_T is None:
+            return None
+        tp, cp = self.axes.tp, self.axes.cp
+        document_BS = gather(gather(info.document_T.view(rows, -1), 1, tp), 1, cp)
+        if cp.size == 1:
+            return document_BS
+        order_S = all_context_positions(document_BS.shape[1], cp, document_BS.device).argsort()
+        return document_BS[:, order_S]

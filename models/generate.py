@@ -1,6 +1,6 @@
 """Sampling continuations, the same for a prompt whatever it is batched with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,13 +8,16 @@ from torch.distributed import ProcessGroup
 
 from coterie.comm.reduce import sum_over
 from coterie.core.random import fold, fold_in, uniform
-from coterie.models.decoder import Decoder
 from coterie.moe.tokens import TokenInfo
+
+CPU = torch.device("cpu")
+Logits = Callable[[Tensor, TokenInfo], Tensor]
+"""A model in evaluation: int64 ids (B, S) and what is known of them → logits (B, S, V)."""
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    logits: Logits,
     prompts: Sequence[Tensor],
     numbers: Sequence[int],
     *,
@@ -24,6 +27,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     vocabulary: int | None = None,
+    device: torch.device = CPU,
     group: ProcessGroup | None = None,
 ) -> list[Tensor]:
     """The continuation of each prompt (int64, one-dimensional): at most ``length`` new ids, ending
@@ -31,16 +35,13 @@ def generate(
 
     The draws of a prompt are keyed by (seed, its number in ``numbers``, position), so splitting
     prompts over processes changes nothing. ``temperature`` 0 takes the most likely id; ``top_k``
-    keeps the k most likely; ids from ``vocabulary`` up, which no data used, are never drawn. With
-    experts spread over ``group`` all its ranks call; each may have prompts of its own, or none.
+    keeps the k most likely; ids from ``vocabulary`` up, which no data used, are never drawn. With a
+    model spread over ``group`` all its ranks call; each may have prompts of its own, or none.
 
     Raises ValueError for a prompt without a token.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt must have at least one token")
-    was_training = model.training
-    model.eval()
-    device = model.embedding.weight.device
     start_B = torch.tensor([len(p) for p in prompts], device=device, dtype=torch.int64)
     tokens_BS, info_length = _padded(prompts, length, device), max(map(len, prompts), default=1)
     length_B = start_B.clone()
@@ -57,14 +58,13 @@ def generate(
             padding_T=(position_S >= length_B[:, None]).flatten(),
             sequence_T=row_B.repeat_interleave(seen_BS.shape[1]),
         )
-        logits_BSV = model(seen_BS, info).logits_BSV[..., :vocabulary]
+        logits_BSV = logits(seen_BS, info)[..., :vocabulary]
         last_BV = logits_BSV[row_B, length_B - 1]
         next_B = _draw(last_BV.double(), fold_in(keys_B, length_B), temperature, top_k)
         open_B = ~done_B
         tokens_BS[open_B, length_B[open_B]] = next_B[open_B]
         length_B += open_B
         done_B |= torch.isin(next_B, stop_K) & open_B
-    model.train(was_training)
     return [
         row[begin:end]
         for row, begin, end in zip(tokens_BS, start_B.tolist(), length_B.tolist(), strict=True)

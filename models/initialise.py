@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from coterie.core.box import Box
 from coterie.core.random import generator
 from coterie.models.attention import Attention
+from coterie.models.placement import box_of
+from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.experts import Experts
 from coterie.moe.feed_forward import FeedForward
 from coterie.moe.layer import MoELayer
@@ -13,7 +16,8 @@ from coterie.moe.routers.top_k import TopKRouter
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
-    """Fill every parameter of ``model``, in place.
+    """Fill every parameter of ``model``, in place: of the whole tensor's values, those of the part
+    that is here.
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
@@ -26,44 +30,50 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
             case Experts():
                 _draw_experts(module, seed, prefix, damping)
             case FeedForward():
-                hidden, width = module.w_out_FD.shape
-                _draw(module.w_in_HD, width**-0.5, seed, f"{prefix}.w_in_HD")
-                _draw(module.w_out_FD, hidden**-0.5 * damping, seed, f"{prefix}.w_out_FD")
+                _, hidden, width = box_of(module, "w_in_PFD").whole
+                _draw(module, "w_in_PFD", width**-0.5, seed, prefix)
+                _draw(module, "w_out_FD", hidden**-0.5 * damping, seed, prefix)
             case Attention():
-                out = module.out
-                _draw(out.weight, _fan_in(out) * damping, seed, f"{prefix}.out.weight")
-                for name in ("q", "k", "v"):
-                    linear = getattr(module, name)
-                    _draw(linear.weight, _fan_in(linear), seed, f"{prefix}.{name}.weight")
+                width, heads_width = box_of(module, "out.weight").whole
+                _draw(module, "out.weight", heads_width**-0.5 * damping, seed, prefix)
+                for name in ("q.weight", "k.weight", "v.weight"):
+                    _draw(module, name, width**-0.5, seed, prefix)
             case TopKRouter():
-                _draw(module.weight, 0.02, seed, f"{prefix}.weight")
+                _draw(module, "weight", 0.02, seed, prefix)
             case MoELayer():
                 if module.shared_gate_D is not None:
                     module.shared_gate_D.zero_()
-            case nn.Embedding():
-                _draw(module.weight, 0.02, seed, f"{prefix}.weight")
+            case VocabularyEmbedding():
+                _draw(module, "weight", 0.02, seed, prefix)
             case nn.RMSNorm():
                 module.weight.fill_(1.0)
-            case nn.Linear() if prefix == "head" and not _is_tied(model):
-                _draw(module.weight, _fan_in(module), seed, "head.weight")
+            case VocabularyHead() if not _is_tied(model):
+                _draw(module, "weight", module.weight.shape[1] ** -0.5, seed, prefix)
 
 
 def _is_tied(model: nn.Module) -> bool:
-    return model.get_parameter("head.weight") is model.get_parameter("embedding.weight")
+    embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
+    return embedding is not None and head is not None and head.weight is embedding.weight
 
 
-def _fan_in(linear: nn.Linear) -> float:
-    return float(linear.in_features) ** -0.5
+def _draw(module: nn.Module, parameter: str, std: float, seed: int, prefix: str) -> None:
+    box = box_of(module, parameter)
+    _fill(module.get_parameter(parameter), box, std, seed, f"{prefix}.{parameter}")
 
 
-def _draw(parameter: Tensor, std: float, seed: int, name: str) -> None:
-    values = torch.randn(parameter.shape, generator=generator(seed, name), dtype=torch.float64)
-    parameter.copy_(values * std)
+def _fill(part: Tensor, box: Box, std: float, seed: int, name: str) -> None:
+    values = torch.randn(box.whole, generator=generator(seed, name), dtype=torch.float64)
+    part.copy_(values[box.slices] * std)
 
 
 def _draw_experts(experts: Experts, seed: int, prefix: str, damping: float) -> None:
-    for local in range(experts.w_in_EHD.shape[0]):
+    in_box, out_box = (box_of(experts, name) for name in ("w_in_EPFD", "w_out_EFD"))
+    hidden, width = out_box.whole[1:]
+    for local in range(experts.w_in_EPFD.shape[0]):
         name = f"{prefix}.{experts.first + local}"
-        hidden, width = experts.w_out_EFD.shape[1:]
-        _draw(experts.w_in_EHD[local], width**-0.5, seed, f"{name}.w_in_HD")
-        _draw(experts.w_out_EFD[local], hidden**-0.5 * damping, seed, f"{name}.w_out_FD")
+        for weight, box, std in (
+            ("w_in_EPFD", in_box, width**-0.5),
+            ("w_out_EFD", out_box, hidden**-0.5 * damping),
+        ):
+            one = Box(box.whole[1:], box.offset[1:], box.shape[1:])
+            _fill(experts.get_parameter(weight)[local], one, std, seed, f"{name}.{weight}")

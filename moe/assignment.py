@@ -51,3 +51,28 @@ def count(expert_A: Tensor, num_experts: int) -> Tensor:
     """int64 rows for each expert, (E,); unlike ``bincount`` it never waits for a CUDA device."""
     load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_A.device)
     return load_E.scatter_add_(0, expert_A, torch.ones_like(expert_A))
+
+
+def sliced(assignment: Assignment, ep: int, slices: int) -> Assignment:
+    """The same rows for experts cut into ``slices`` along their hidden width.
+
+    Each row goes to all slices of its expert, and the sum over a token's rows adds up their
+    outputs: tensor parallelism inside experts is routing to more, thinner ones. They count by
+    (expert-parallel rank, slice, expert of that rank), as the ranks of an ep × etp group hold them.
+    """
+    if slices == 1:
+        return assignment
+    num_experts = assignment.load_E.numel()
+    each = num_experts // ep
+    expert_A = assignment.expert_A.repeat_interleave(slices)
+    slice_A = torch.arange(slices, device=expert_A.device).repeat(assignment.expert_A.numel())
+    virtual_A = (expert_A // each * slices + slice_A) * each + expert_A % each
+    order_A = virtual_A.argsort(stable=True)
+    row_A = order_A // slices
+    load_RE = assignment.load_E.view(ep, 1, each).expand(ep, slices, each)
+    return Assignment(
+        token_A=assignment.token_A[row_A],
+        expert_A=virtual_A[order_A],
+        weight_A=assignment.weight_A[row_A],
+        load_E=load_RE.reshape(-1),
+    )

@@ -4,6 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from coterie.comm.axis import Axis, Cut
 from coterie.core.config import Config
 from coterie.moe.activations import ACTIVATIONS, ActivationName
 from coterie.moe.grouped_ffn import grouped_ffn
@@ -21,26 +22,36 @@ class ExpertsConfig(Config):
 
 
 class Experts(nn.Module):
-    """E / R feed-forward experts, without biases; rank r of R holds those from r · E / R on.
+    """The feed-forward experts of this rank, without biases: those that ``ep`` gives it, of each
+    the slice of the hidden width that ``etp`` gives it.
 
-    ``w_in_EHD``: for SwiGLU H = 2F, gate then up; else H = F. ``w_out_EFD``. E counts local ones.
+    ``w_in_EPFD``: P = 2 for SwiGLU, gate then up, else 1. ``w_out_EFD``. E and F count local ones.
+    A sliced expert's output is its part of the sum over slices.
     """
 
-    def __init__(self, width: int, config: ExpertsConfig, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, width: int, config: ExpertsConfig, ep: Axis = Axis("ep"), etp: Axis = Axis("etp")
+    ) -> None:
         super().__init__()
-        if config.count % ranks:
-            raise ValueError(f"{config.count} experts do not divide over {ranks} ranks")
-        local = config.count // ranks
+        for what, count, axis in (("experts", config.count, ep), ("hidden", config.hidden, etp)):
+            if count % axis.size:
+                raise ValueError(f"{what} {count} does not divide over {axis.size} ranks")
         self.activation = config.activation
-        self.first = rank * local
+        mine = ep.part(config.count)
+        self.first = mine.start
         """Global id of the first local expert."""
-        parts = ACTIVATIONS[config.activation].parts
-        self.w_in_EHD = nn.Parameter(torch.empty(local, parts * config.hidden, width))
-        self.w_out_EFD = nn.Parameter(torch.empty(local, config.hidden, width))
+        parts, hidden = ACTIVATIONS[config.activation].parts, config.hidden // etp.size
+        self.w_in_EPFD = nn.Parameter(torch.empty(len(mine), parts, hidden, width))
+        self.w_out_EFD = nn.Parameter(torch.empty(len(mine), hidden, width))
+        experts = Cut(0, ep, config.count)
+        self.cuts = {
+            "w_in_EPFD": (experts, Cut(2, etp, config.hidden)),
+            "w_out_EFD": (experts, Cut(1, etp, config.hidden)),
+        }
 
     def forward(self, x_AD: Tensor, load_E: Tensor) -> Tensor:
         """``x_AD``: rows sorted by local expert, ``load_E``: int64 rows for each → y_AD."""
-        w_in_EHD: Tensor = self.w_in_EHD
+        w_in_EHD: Tensor = self.w_in_EPFD.flatten(1, 2)
         w_out_EFD: Tensor = self.w_out_EFD
         if torch.is_autocast_enabled(x_AD.device.type):
             half = torch.get_autocast_dtype(x_AD.device.type)

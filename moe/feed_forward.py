@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from coterie.comm.axis import Axis, Cut
+from coterie.comm.sequence import gather, reduce_scatter
 from coterie.core.config import Config
 from coterie.moe.activations import ACTIVATIONS, ActivationName
 
@@ -19,15 +21,29 @@ class FeedForwardConfig(Config):
 
 
 class FeedForward(nn.Module):
-    """y = act(x · w_inᵀ) · w_out, without biases. ``w_in`` is H × D: gate then up for SwiGLU."""
+    """y = act(x · w_inᵀ) · w_out, without biases. ``w_in_PFD``: gate then up for SwiGLU (P = 2).
 
-    def __init__(self, width: int, config: FeedForwardConfig) -> None:
+    ``tp`` splits the hidden width F (Megatron-LM, arXiv 1909.08053, §3); each of its ranks has
+    tokens of its own before and after.
+    """
+
+    def __init__(self, width: int, config: FeedForwardConfig, tp: Axis = Axis("tp")) -> None:
         super().__init__()
+        if config.hidden % tp.size:
+            raise ValueError(f"hidden {config.hidden} does not divide over {tp.size} ranks")
         act = ACTIVATIONS[config.activation]
         self.activation = act.forward
-        self.w_in_HD = nn.Parameter(torch.empty(act.parts * config.hidden, width))
-        self.w_out_FD = nn.Parameter(torch.empty(config.hidden, width))
+        self.tp = tp
+        hidden = config.hidden // tp.size
+        self.w_in_PFD = nn.Parameter(torch.empty(act.parts, hidden, width))
+        self.w_out_FD = nn.Parameter(torch.empty(hidden, width))
+        self.cuts = {
+            "w_in_PFD": (Cut(1, tp, config.hidden),),
+            "w_out_FD": (Cut(0, tp, config.hidden),),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (..., D) → (..., D)."""
-        return self.activation(F.linear(x, self.w_in_HD)) @ self.w_out_FD
+        x_TD = gather(x.reshape(-1, x.shape[-1]), 0, self.tp)
+        a_TF = self.activation(F.linear(x_TD, self.w_in_PFD.flatten(0, 1)))
+        return reduce_scatter(a_TF @ self.w_out_FD, 0, self.tp).view_as(x)

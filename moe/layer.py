@@ -5,11 +5,13 @@ from typing import NamedTuple, Self
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from coterie.comm.axis import Axes, Axis
+from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.local import LocalExchange
 from coterie.core.config import Config
+from coterie.moe.assignment import sliced
 from coterie.moe.experts import Experts, ExpertsConfig
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.routers.top_k import TopKConfig, TopKRouter
@@ -49,8 +51,9 @@ class MoEOutput(NamedTuple):
 class MoELayer(nn.Module):
     """Replaces a transformer's feed-forward layer.
 
-    ``exchange``: how rows reach the experts (default: all experts are on this rank).
-    ``balance_group``: the ranks whose tokens form the global micro-batch for balance losses.
+    ``axes``: the ranks it is spread over (default: all is on this rank). Each has tokens of its
+    own, and all of them call together. ``exchange``: how rows reach the experts; by default one
+    all-to-all there and one back.
     Parameters are uninitialised until :func:`coterie.models.initialise.initialise`.
     """
 
@@ -58,20 +61,24 @@ class MoELayer(nn.Module):
         self,
         width: int,
         config: MoEConfig,
+        axes: Axes = Axes(),
         exchange: Exchange | None = None,
-        balance_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.exchange: Exchange = exchange or LocalExchange()
-        self.router = TopKRouter(width, config.experts.count, config.router, balance_group)
-        self.experts = Experts(width, config.experts, self.exchange.rank, self.exchange.ranks)
-        self.shared = FeedForward(width, config.shared) if config.shared else None
+        self.axes = axes
+        self.exchange: Exchange = exchange or exchange_over(axes.expert)
+        self.router = TopKRouter(
+            width, config.experts.count, config.router, axes.data, axes.sequence
+        )
+        self.experts = Experts(width, config.experts, axes.ep, axes.etp)
+        self.shared = FeedForward(width, config.shared, axes.tp) if config.shared else None
         self.shared_gate_D = nn.Parameter(torch.empty(width)) if config.shared_gate else None
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> MoEOutput:
         """``x``: (..., D), flattened to T tokens in the order of ``info``'s tensors."""
         x_TD = x.reshape(-1, x.shape[-1])
         assignment, losses, stats = self.router(x_TD, info or TokenInfo())
+        assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
         y_TD = self.exchange(x_TD, assignment, self.experts)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
@@ -79,3 +86,8 @@ class MoELayer(nn.Module):
                 shared_TD = shared_TD * (x_TD @ self.shared_gate_D).sigmoid()[:, None]
             y_TD = y_TD + shared_TD
         return MoEOutput(y_TD.view_as(x), losses, stats)
+
+
+def exchange_over(expert: Axis) -> Exchange:
+    """The exchange between the ranks of ``expert``."""
+    return LocalExchange() if expert.group is None else AllToAllExchange(expert.group)

@@ -18,6 +18,8 @@ class TokenInfo:
     """bool: True for padding, which is neither routed nor counted."""
     sequence_T: Tensor | None = None
     """int64 in 0..B-1, non-decreasing: the sequence of each token; capacity is counted in each."""
+    position_T: Tensor | None = None
+    """int64: place of each token in its sequence; needed where ranks hold parts of a sequence."""
     document_T: Tensor | None = None
     """int64: the document of each token inside its sequence; attention may be kept inside it."""
     key_T: Tensor | None = None

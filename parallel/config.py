@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from coterie.core.config import Config
+from coterie.models.decoder import Recompute
 
 Precision = Literal["auto", "fp32", "bf16", "fp64"]
 
@@ -22,8 +23,10 @@ class TrainConfig(Config):
     precision: Precision = "auto"
     """bf16: matrix products in bfloat16 (autocast), weights in float32. auto: bf16 on CUDA, fp32
     on a CPU."""
-    recompute: bool = False
-    """Keep only each block's input, and compute it again in the backward pass."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again rather than keeps. `selective`: attention weights and
+    the hidden activations of feed-forward layers and experts; nothing is sent twice. `full`: all
+    but each block's input."""
     seed: int = Field(default=0, ge=0)
     """Of weights, sample order and routing noise."""
     timeout: float = Field(default=600.0, gt=0)

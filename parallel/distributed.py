@@ -2,51 +2,68 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar, cast
+from functools import cached_property
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from coterie.comm.axis import Axes
 from coterie.comm.objects import gather_objects
 from coterie.core.errors import UserError
-from coterie.parallel.layout import Layout
+from coterie.parallel.layout import AXES, Coordinates, Layout
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the run, and the groups it belongs to (None: a single process)."""
+    """This process's place in the run, and the groups it belongs to."""
 
     rank: int
-    world: int
     device: torch.device
     layout: Layout
-    mesh: DeviceMesh | None = None
-    """Two-dimensional: ("replica", "ep")."""
+    groups: dict[str, ProcessGroup] = field(default_factory=dict)
+    """By axis (``coterie.parallel.layout.AXES``); an axis of one rank has none."""
     control: ProcessGroup | None = None
-    """gloo, all ranks: for objects on the host."""
+    """gloo, all ranks: for objects on the host. None: a single process."""
     saving: ProcessGroup | None = None
     """gloo, all ranks: for the thread that saves checkpoints while the main thread uses others."""
 
     @property
-    def data_group(self) -> ProcessGroup | None:
-        """All ranks: each has data of its own."""
-        return dist.group.WORLD if self.mesh is not None else None
+    def world(self) -> int:
+        """All ranks of the run."""
+        return self.layout.world
+
+    @cached_property
+    def place(self) -> Coordinates:
+        """This rank's place on each axis."""
+        return self.layout.coordinates(self.rank)
 
     @property
-    def expert_group(self) -> ProcessGroup | None:
-        """The ranks that share the experts."""
-        return self.mesh.get_group("ep") if self.mesh is not None else None
+    def everyone(self) -> ProcessGroup | None:
+        """All ranks, on their device."""
+        return dist.group.WORLD if self.control is not None else None
 
-    @property
-    def replica_group(self) -> ProcessGroup | None:
-        """The ranks that hold the same experts as this one."""
-        return self.mesh.get_group("replica") if self.mesh is not None else None
+    @cached_property
+    def axes(self) -> Axes:
+        """What the model's layers are split over."""
+        return self.layout.axes(self.rank, self.groups)
+
+    def sharding_mesh(self, kind: Literal["dense", "expert"]) -> DeviceMesh:
+        """(replicate, shard), or (shard) without replicas: for ``fully_shard``."""
+        names = [f"{kind}_{dim}" if kind == "expert" else dim for dim in ("replicate", "shard")]
+        groups = [self.groups[name] for name in names if name in self.groups]
+        ranks = self.layout.sharding_grid(kind, self.rank)
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], self.device.type, mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(
+            groups, self.device.type, mesh=ranks.tolist(), mesh_dim_names=("replicate", "shard")
+        )
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -65,7 +82,7 @@ def start(layout: Layout, timeout: float) -> Ranks:
         device = torch.device("cuda", _device_index())
         torch.cuda.set_device(device)
     if world == 1:
-        return Ranks(rank, world, device, layout)
+        return Ranks(rank, device, layout)
 
     limit = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=limit))
@@ -95,14 +112,34 @@ def _device_index() -> int:
     return local
 
 
+_made: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
+"""Groups of this process: one for each set of ranks and use, also over several layouts."""
+
+
 def make_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Ranks:
     """The run's groups, out of the default process group; all its ranks call."""
-    shape = (layout.replicas, layout.ep)
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replica", "ep"))
-    for name in ("replica", "ep"):  # a mesh makes its groups with the backend's default limit
-        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
-    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return Ranks(dist.get_rank(), layout.world, device, layout, mesh, control, saving)
+    rank = dist.get_rank()
+    groups: dict[str, ProcessGroup] = {}
+    for axis in AXES:
+        # axes over the same ranks share a group, but what moves parameters has groups of its own:
+        # it runs beside what moves activations
+        use = "state" if "shard" in axis or "replicate" in axis else "activations"
+        for members in layout.groups(axis).tolist():
+            if len(members) == 1:
+                continue
+            key = (use, tuple(members))
+            if key not in _made:
+                _made[key] = dist.new_group(members, timeout=timeout)
+            if rank in members:
+                groups[axis] = _made[key]
+    for name in ("control", "saving"):
+        key = (name, tuple(range(layout.world)))
+        if key not in _made:
+            _made[key] = dist.new_group(backend="gloo", timeout=timeout)
+    everyone = tuple(range(layout.world))
+    return Ranks(
+        rank, device, layout, groups, _made["control", everyone], _made["saving", everyone]
+    )
 
 
 def agreed(ranks: Ranks, function: Callable[[], T]) -> T:
@@ -123,3 +160,4 @@ def stop() -> None:
     """Leave the run's process groups, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _made.clear()

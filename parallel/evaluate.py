@@ -4,20 +4,21 @@ import torch
 from torch import Tensor
 
 from coterie.comm.reduce import sum_over
+from coterie.comm.sequence import context_part
 from coterie.data import IGNORE, IMAGE, TEXT, TokenDataset, each_row
-from coterie.models import Decoder
-from coterie.parallel.distributed import Ranks
-from coterie.parallel.micro_batch import cross_entropy, token_info
-from coterie.parallel.precision import Precision, autocast
+from coterie.models.vocabulary import cross_entropy
+from coterie.parallel.forward import forward
+from coterie.parallel.micro_batch import token_info
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.precision import Precision
 
 MODALITIES = {"text": TEXT, "image": IMAGE}
 
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder,
+    model: ParallelModel,
     dataset: TokenDataset,
-    ranks: Ranks,
     precision: Precision,
     batch: int,
     sequences: int | None = None,
@@ -29,25 +30,30 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    vocabulary = dataset.vocabulary
+    ranks = model.ranks
+    axes = ranks.axes
     sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=ranks.device)
-    for number, part in enumerate(each_row(dataset, batch, ranks.rank, ranks.world)):
+    for number, part in enumerate(each_row(dataset, batch, ranks.place.dp, ranks.layout.dp)):
         if sequences is not None and number * batch >= sequences:
             break
         part = part.to(ranks.device)
-        with autocast(precision, ranks.device):
-            output = model(part.tokens_BS, token_info(part))
-        counted_BS = part.targets_BS != IGNORE
+        logits_BSV = forward(model, part.tokens_BS, token_info(part, axes), precision)
+        if logits_BSV is None:
+            continue
+        targets_BS = context_part(part.targets_BS, axes.cp)
+        entropy_BS = cross_entropy(logits_BSV, targets_BS, model.config.vocabulary, axes.tp)
+        if axes.tp.rank > 0:  # all ranks of tp have the same
+            continue
+        counted_BS = targets_BS != IGNORE
         if sequences is not None:
             counted_BS = counted_BS & (part.index_B < sequences)[:, None]
-        modality_BS = vocabulary.modality(part.targets_BS)
-        entropy_BS = cross_entropy(output.logits_BSV, part.targets_BS).double()
+        modality_BS = dataset.vocabulary.modality(targets_BS)
         for column, modality in enumerate(MODALITIES.values()):
             mask_BS = counted_BS & (modality_BS == modality)
-            sums[0, column] += (entropy_BS * mask_BS).sum()
+            sums[0, column] += (entropy_BS.double() * mask_BS).sum()
             sums[1, column] += mask_BS.sum()
     model.train(was_training)
-    return _means(sum_over(sums, ranks.data_group))
+    return _means(sum_over(sums, ranks.everyone))
 
 
 def _means(sums: Tensor) -> dict[str, float]:

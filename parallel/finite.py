@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from coterie.comm.objects import gather_objects
 from coterie.core.errors import RunError
-from coterie.data import Batch
-from coterie.models import Decoder
-from coterie.parallel.distributed import Ranks
-from coterie.parallel.gradients import expert_parameters
-from coterie.parallel.micro_batch import cross_entropy_sum, token_info
-from coterie.parallel.precision import Precision, autocast
+from coterie.parallel.model import ParallelModel, local
 
 
 class NonFiniteError(RunError):
@@ -23,23 +18,16 @@ class NonFiniteError(RunError):
 
 
 def require_finite(
-    loss: float,
-    norm: float,
-    step: int,
-    model: Decoder,
-    batches: list[Batch],
-    ranks: Ranks,
-    precision: Precision,
-    seed: int,
+    loss: float, norm: float, step: int, model: ParallelModel, again: Callable[[], None]
 ) -> None:
     """Raise NonFiniteError on every rank when the global ``loss`` or ``norm`` is not finite.
 
-    Both are sums over ranks, so every rank sees the same. Only then is the step run once more,
-    with each block watched, to find where it began.
+    Both are sums over ranks, so every rank sees the same. Only then ``again`` runs the step's
+    forward and backward passes once more, with each block watched, to find where it began.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    found = gather_objects(_diagnose(model, batches, ranks, precision, seed), ranks.control)
+    found = gather_objects(_diagnose(model, again), model.ranks.control)
     what = "the loss" if not math.isfinite(loss) else "the gradient norm"
     raise NonFiniteError(
         f"step {step}: {what} is {loss if not math.isfinite(loss) else norm}; {_origin(found)}; "
@@ -68,48 +56,48 @@ def _origin(found: list[_Found]) -> str:
     return "it overflowed only in the sum over ranks"
 
 
-def _diagnose(
-    model: Decoder, batches: list[Batch], ranks: Ranks, precision: Precision, seed: int
-) -> _Found:
+def _diagnose(model: ParallelModel, again: Callable[[], None]) -> _Found:
     """Run the step again on this rank, with every place of the model watched."""
     model.zero_grad(set_to_none=True)
     with _watched(model) as seen:
-        for batch in batches:
-            with autocast(precision, ranks.device):
-                output = model(batch.tokens_BS, token_info(batch, seed))
-                loss = cross_entropy_sum(output.logits_BSV, batch.targets_BS)
-            total = loss + sum(output.losses.values())
-            if not bool(total.isfinite()):
-                seen.append("the loss")
-            total.backward()
-    experts = {id(p) for p in expert_parameters(model)}
+        again()
+    experts = {name for name, place in model.places.items() if place.expert}
     found = _Found(
         forward=seen[0] if seen else None,
-        dense=_last_bad_gradient(model, lambda p: id(p) not in experts),
-        experts=_last_bad_gradient(model, lambda p: id(p) in experts),
+        dense=_last_bad_gradient(model, lambda name: name not in experts),
+        experts=_last_bad_gradient(model, lambda name: name in experts),
     )
     model.zero_grad(set_to_none=True)
     return found
 
 
-def _last_bad_gradient(model: Decoder, chosen: Callable[[nn.Parameter], bool]) -> str | None:
+def _last_bad_gradient(model: ParallelModel, chosen: Callable[[str], bool]) -> str | None:
     """The backward pass goes through the model from its end: there it began."""
+    bad = [
+        name
+        for name, p in model.named()
+        if chosen(name) and p.grad is not None and not bool(local(p.grad).isfinite().all())
+    ]
     last = None
-    for name, module in _places(model):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None and chosen(p)]
-        if not all(bool(g.isfinite().all()) for g in gradients):
-            last = name
+    for prefix, place, _ in _places(model):
+        if any(name.startswith(prefix) for name in bad):
+            last = place
     return last
 
 
-def _places(model: Decoder) -> list[tuple[str, nn.Module]]:
-    """The model's parts in the order of the forward pass."""
-    blocks = [(f"layer {n}", block) for n, block in enumerate(model.blocks)]
-    return [("the embedding", model.embedding), *blocks, ("the output layer", model.head)]
+def _places(model: ParallelModel) -> Iterator[tuple[str, str, nn.Module]]:
+    """(prefix of its parameters, name, module) of the model's parts here, in forward order."""
+    for decoder in model.decoders:
+        if decoder.embedding is not None:
+            yield "embedding.", "the embedding", decoder.embedding
+        for number, block in decoder.blocks.items():
+            yield f"blocks.{number}.", f"layer {number}", block
+        if decoder.head is not None:
+            yield "head.", "the output layer", decoder.head
 
 
 @contextmanager
-def _watched(model: Decoder) -> Iterator[list[str]]:
+def _watched(model: ParallelModel) -> Iterator[list[str]]:
     """The names of the places whose output was not finite, in order, filled by forward hooks."""
     seen: list[str] = []
 
@@ -121,7 +109,7 @@ def _watched(model: Decoder) -> Iterator[list[str]]:
 
         return module.register_forward_hook(hook)
 
-    handles = [watch(name, module) for name, module in _places(model)]
+    handles = [watch(name, module) for _, name, module in _places(model)]
     try:
         yield seen
     finally:

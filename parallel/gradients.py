@@ -1,51 +1,60 @@
 """Gradients over ranks: summed, measured, clipped.
 
-Each rank's loss is its share of the global loss, so gradients are *summed*. An expert's gradient
-already holds the tokens of all ranks of its expert-parallel group: the exchange's backward pass
-brought them. It lacks only those of its replicas' groups.
+Each rank's loss is its share of the global loss, so gradients are *summed*, over the ranks that
+hold the same parameter and saw other tokens:
+
+* a dense parameter that tp splits: the replicas (the gathering of the sequence brought the tokens
+  of the other ranks of tp); one that tp does not split: these and the ranks of tp;
+* an expert: its replicas alone, since the exchange brought the tokens of all other ranks.
+
+Where parameters are sharded, the reduce-scatter has summed over the shards and replicas already.
 """
 
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed import ProcessGroup
 
-from coterie.moe.experts import Experts
-from coterie.parallel.distributed import Ranks
+from coterie.parallel.layout import Layout
+from coterie.parallel.model import ParallelModel, Place, local
 
 BUCKET = 16 * 2**20
 """Elements in one all-reduce, unless one tensor has more: for bandwidth, yet pipelined."""
 
 
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that live on one rank of an expert-parallel group alone."""
-    return [p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()]
-
-
-def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that every rank holds."""
-    experts = {id(p) for p in expert_parameters(model)}
-    return [p for p in model.parameters() if id(p) not in experts]
-
-
-def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
+def sum_gradients(model: ParallelModel) -> None:
     """Make every gradient that of the global loss, in place. All ranks call."""
-    for parameter in model.parameters():
+    by_axis: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named():
         if parameter.grad is None:
             # every rank must bring the same tensors to the sum
             parameter.grad = torch.zeros_like(parameter)
-    _sum_in_buckets(dense_parameters(model), ranks.data_group)
-    _sum_in_buckets(expert_parameters(model), ranks.replica_group)
+        axis = summed_over(model.places[name], model.ranks.layout)
+        if axis is not None:
+            by_axis.setdefault(axis, []).append(local(parameter.grad))
+    for axis, gradients in by_axis.items():
+        _sum_in_buckets(gradients, model.ranks.groups.get(axis))
 
 
-def _sum_in_buckets(parameters: list[nn.Parameter], group: ProcessGroup | None) -> None:
-    if group is None or group.size() == 1:
+def summed_over(place: Place, layout: Layout) -> str | None:
+    """The axis of the layout over which a gradient is still to be summed after the backward pass;
+    None: none."""
+    if place.expert:
+        return "expert_replicate" if layout.expert_shard == 1 else None
+    partial = not place.tensor_parallel and layout.tp > 1
+    if layout.shard > 1:
+        return "tp" if partial else None
+    return "data" if partial else "replicate"
+
+
+def _sum_in_buckets(tensors: list[Tensor], group: ProcessGroup | None) -> None:
+    if group is None:
         return
     pending = []
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    for bucket in _buckets(tensors):
         flat = _flatten_dense_tensors(bucket)
         pending.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
     for bucket, flat, work in pending:
@@ -66,28 +75,27 @@ def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def global_norm(model: nn.Module, ranks: Ranks) -> Tensor:
+def global_norm(model: ParallelModel) -> Tensor:
     """The 2-norm of the whole gradient, each parameter counted once, as one process has it.
 
     A float64 scalar, the same on every rank. All ranks call, after :func:`sum_gradients`.
     """
-    dense = _square_sum(dense_parameters(model), ranks.device)
-    experts = _square_sum(expert_parameters(model), ranks.device)
-    if ranks.expert_group is not None:
-        dist.all_reduce(experts, group=ranks.expert_group)
-    return (dense + experts).sqrt()
+    owned = [g for name, g in _gradients(model) if model.places[name].owner]
+    square = torch.zeros((), dtype=torch.float64, device=model.ranks.device)
+    if owned:
+        norms = torch._foreach_norm(owned, 2, dtype=torch.float64)
+        square += torch.stack(norms).square().sum()
+    if model.ranks.everyone is not None:
+        dist.all_reduce(square, group=model.ranks.everyone)
+    return square.sqrt()
 
 
-def _square_sum(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-    return torch.stack(norms).square().sum()
-
-
-def clip(model: nn.Module, norm: Tensor, limit: float) -> None:
+def clip(model: ParallelModel, norm: Tensor, limit: float) -> None:
     """Scale all gradients by limit / norm where that is below one, in place."""
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [gradient for _, gradient in _gradients(model)]
     torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+
+
+def _gradients(model: ParallelModel) -> list[tuple[str, Tensor]]:
+    return [(name, local(p.grad)) for name, p in model.named() if p.grad is not None]

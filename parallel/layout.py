@@ -10,15 +10,19 @@ Ranks count through two grids of the same shape, each with pipeline stages outer
 So all groups of a job of any size can be listed without starting a process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
+from torch.distributed import ProcessGroup
 
+from coterie.comm.axis import Axes, Axis
 from coterie.core.config import Config
 
 Schedule = Literal["1f1b", "interleaved", "zero_bubble", "zbv"]
@@ -88,9 +92,9 @@ _AXES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 AXES = tuple(_AXES)
 """The kinds of process group: ``pp`` a pipeline; ``tp``, ``cp``; ``sequence`` the ranks that hold
-parts of the same sequences (cp × tp); ``data`` all that hold tokens of the same stage; ``replicate``
-and ``shard`` of dense parameters; ``expert`` the ranks that rows travel between (ep × etp), and the
-``expert_replicate`` and ``expert_shard`` of expert parameters."""
+parts of the same sequences (cp × tp); ``data`` all that hold tokens of the same stage;
+``replicate`` and ``shard`` of dense parameters; ``expert`` the ranks that rows travel between
+(ep × etp), and the ``expert_replicate`` and ``expert_shard`` of expert parameters."""
 
 _DIMENSIONS = {
     "data_grid": ("pp", "dp", "cp", "tp"),
@@ -187,6 +191,31 @@ class Layout:
             found.update(zip(_DIMENSIONS[name], map(int, place), strict=True))
         return Coordinates(**found)
 
+    def axes(self, rank: int, groups: Mapping[str, ProcessGroup] = MappingProxyType({})) -> Axes:
+        """What the layers of a model on ``rank`` are split over, with the process groups of those
+        axes that have one."""
+        place = self.coordinates(rank)
+        sizes = {
+            "tp": (place.tp, self.tp),
+            "cp": (place.cp, self.cp),
+            "ep": (place.ep, self.ep),
+            "etp": (place.etp, self.etp),
+            "expert": (place.ep * self.etp + place.etp, self.ep * self.etp),
+            "sequence": (place.cp * self.tp + place.tp, self.cp * self.tp),
+            "data": (
+                (place.dp * self.cp + place.cp) * self.tp + place.tp,
+                self.stage_ranks,
+            ),
+        }
+        return Axes(**{name: Axis(name, *at, groups.get(name)) for name, at in sizes.items()})
+
+    def sharding_grid(self, kind: Literal["dense", "expert"], rank: int) -> Grid:
+        """(replicate, shard): the ranks that share the parameters which ``rank`` holds."""
+        place = self.coordinates(rank)
+        if kind == "dense":
+            return self._grids["dense_grid"][place.pp, :, :, place.tp]
+        return self._grids["expert_grid"][place.pp, :, :, place.ep, place.etp]
+
     def stages_of(self, pp: int) -> tuple[int, ...]:
         """The stages that pipeline rank ``pp`` holds, in the order of the model."""
         if self.schedule == "zbv":
@@ -226,4 +255,3 @@ def stage_blocks(layers: int, stages: int) -> tuple[int, ...]:
     each, left = divmod(layers, stages)
     first = (stages - left) // 2
     return tuple(each + (first <= stage < first + left) for stage in range(stages))
-

@@ -6,8 +6,10 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from coterie.core.config import Config
+from coterie.parallel.model import ParallelModel, local
 
 
 class OptimizerConfig(Config):
@@ -44,18 +46,56 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over ``model``; the learning rate is set before each step."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+class Optimizer:
+    """Fused AdamW over what this rank holds of each parameter; the rate is set before each step.
+
+    Shards are plain tensors to it, which share their memory with the model's.
+    """
+
+    def __init__(self, model: ParallelModel, config: OptimizerConfig) -> None:
+        self._model = model
+        self.parameters: dict[str, nn.Parameter] = {}
+        """By global name; a shard without elements is left out."""
+        for name, parameter in model.named():
+            own = parameter
+            if isinstance(parameter, DTensor):
+                own = nn.Parameter(local(parameter.detach()))
+            if own.numel():
+                self.parameters[name] = own
+        dims = {name: len(model.places[name].box.whole) for name in self.parameters}
+        groups = [
+            {"params": [p for n, p in self.parameters.items() if chosen(dims[n])], **settings}
+            for chosen, settings in (
+                (lambda d: d >= 2, {"weight_decay": config.weight_decay}),
+                (lambda d: d < 2, {"weight_decay": 0.0}),
+            )
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.adamw.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """Update the parameters from the model's gradients."""
+        for name, parameter in self._model.named():
+            if name in self.parameters and parameter.grad is not None:
+                self.parameters[name].grad = local(parameter.grad)
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+        self._model.zero_grad(set_to_none=True)

@@ -1,48 +1,29 @@
-"""Everything a checkpoint holds, by name: weights and optimizer moments as global tensors."""
+"""Everything a checkpoint holds, by name: weights and optimizer moments as parts of the whole."""
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from coterie.parallel.distributed import Ranks
-from coterie.parallel.gradients import expert_parameters
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.optimizer import Optimizer
+from coterie.parallel.part import Part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def model_tensors(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """``model.<name>``; expert weights are DTensors of all experts, so that any layout can load.
-
-    They share memory with the parameters: loading into them fills the model.
-    """
-    experts = {id(p) for p in expert_parameters(model)}
-    return {
-        f"model.{name}": _global(parameter.detach(), id(parameter) in experts, ranks)
-        for name, parameter in model.named_parameters()
-    }
+def model_parts(model: ParallelModel) -> dict[str, Part]:
+    """``model.<name>``, sharing memory with the parameters: loading into them fills the model."""
+    return {f"model.{name}": model.part(name, parameter) for name, parameter in model.named()}
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> dict[str, Tensor]:
+def optimizer_parts(model: ParallelModel, optimizer: Optimizer) -> dict[str, Part]:
     """``optimizer.<parameter>.<moment>``, made (zero) where the optimizer has none yet."""
-    experts = {id(p) for p in expert_parameters(model)}
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
+    parts: dict[str, Part] = {}
+    for name, parameter in optimizer.parameters.items():
+        state = optimizer.adamw.state[parameter]
         if not state:
-            device = parameter.device
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter)
-        tensors[f"optimizer.{name}.step"] = state["step"]
+        parts[f"optimizer.{name}.step"] = Part.whole(state["step"], model.places[name].owner)
         for moment in MOMENTS:
-            tensor = _global(state[moment], id(parameter) in experts, ranks)
-            tensors[f"optimizer.{name}.{moment}"] = tensor
-    return tensors
-
-
-def _global(tensor: Tensor, is_expert: bool, ranks: Ranks) -> Tensor:
-    if not is_expert or ranks.mesh is None:
-        return tensor
-    return DTensor.from_local(tensor, ranks.mesh, [Replicate(), Shard(0)], run_check=False)
+            parts[f"optimizer.{name}.{moment}"] = model.part(name, state[moment])
+    return parts

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from coterie.comm.reduce import sum_over
+from coterie.comm.sequence import context_part
 from coterie.data import IGNORE, Batch
 from coterie.models import Decoder
-from coterie.moe.stats import RoutingStats
+from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.finite import require_finite
 from coterie.parallel.gradients import clip, global_norm, sum_gradients
-from coterie.parallel.micro_batch import cross_entropy_sum, token_info
+from coterie.parallel.micro_batch import token_info
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.optimizer import Optimizer
+from coterie.parallel.pipeline import Pipeline, with_loss
 from coterie.parallel.precision import Precision, autocast
+from coterie.parallel.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,15 @@ class StepSettings:
 
 
 def train_step(
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
+    model: ParallelModel,
+    optimizer: Optimizer,
     batches: list[Batch],
     step: int,
-    ranks: Ranks,
     settings: StepSettings,
     stop: bool = False,
 ) -> StepReport:
-    """Take step number ``step`` (from 1) on this rank's part of the global batch.
+    """Take step number ``step`` (from 1). ``batches``: the micro-batches of this rank's part of the
+    global batch, whole sequences, the same on all ranks that share them.
 
     The loss is Σ cross-entropy / targets of the global batch + router losses averaged over the
     micro-batches: what one process with the whole batch would compute.
@@ -76,113 +81,115 @@ def train_step(
         NonFiniteError: a loss or gradient is not finite; the weights are untouched.
     """
     started = time.perf_counter()
-    tally = _accumulate(model, batches, ranks, settings, stop)
-    sum_gradients(model, ranks)
-    norm = global_norm(model, ranks)
-    total = tally.over(ranks)
-    require_finite(
-        total.loss, float(norm), step, model, batches, ranks, settings.precision, settings.seed
-    )
+    tally = Tally(model.config, model.ranks)
+    tally.count("stop", float(stop))
+    targets = count_targets(batches, model.ranks)
+    forward_backward(model, batches, targets, settings, tally)
+    sum_gradients(model)
+    norm = global_norm(model)
+    totals = tally.over_ranks()
+    loss = totals.numbers["loss"]
+
+    def again() -> None:
+        forward_backward(model, batches, targets, settings, Tally(model.config, model.ranks))
+
+    require_finite(loss, float(norm), step, model, again)
     if settings.clip is not None:
         clip(model, norm, settings.clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total.report(step, float(norm), optimizer, time.perf_counter() - started)
+    optimizer.zero_grad()
+    layers = totals.layers
+    return StepReport(
+        step=step,
+        loss=loss,
+        router_losses=totals.router_losses,
+        grad_norm=float(norm),
+        lr=optimizer.lr,
+        tokens=int(totals.numbers["tokens"]),
+        load={layer: seen.load for layer, seen in layers.items()},
+        dropped={layer: seen.dropped for layer, seen in layers.items()},
+        entropy={layer: seen.entropy for layer, seen in layers.items()},
+        seconds=time.perf_counter() - started,
+        stop=totals.numbers["stop"] > 0,
+    )
 
 
-def _accumulate(
-    model: Decoder, batches: list[Batch], ranks: Ranks, settings: StepSettings, stop: bool
-) -> "_Tally":
-    """Forward and backward over the micro-batches; gradients add up in the parameters."""
+def count_targets(batches: list[Batch], ranks: Ranks) -> Tensor:
+    """Target tokens of the global batch, at least 1. All ranks call."""
     targets = torch.stack([(b.targets_BS != IGNORE).sum() for b in batches]).sum()
-    targets = sum_over(targets, ranks.data_group).clamp(min=1)
-    tally = _Tally(stop, ranks.device)
-    for batch in batches:
-        with autocast(settings.precision, ranks.device):
-            output = model(batch.tokens_BS, token_info(batch, settings.seed))
-            entropy = cross_entropy_sum(output.logits_BSV, batch.targets_BS) / targets
-        router = {name: loss / len(batches) for name, loss in output.losses.items()}
-        torch.stack(
-            [entropy, *(loss.to(entropy.dtype) for loss in router.values())]
-        ).sum().backward()
-        tally.add(entropy, router, output.stats, batch)
-    return tally
+    if ranks.axes.sequence.rank > 0:  # the first of those that share sequences counts them
+        targets = torch.zeros_like(targets)
+    return sum_over(targets, ranks.axes.data.group).clamp(min=1)
 
 
-class _Tally:
-    """This rank's sums over the micro-batches, brought to all ranks in one reduction."""
+def forward_backward(
+    model: ParallelModel,
+    batches: list[Batch],
+    targets: Tensor,
+    settings: StepSettings,
+    tally: Tally,
+) -> None:
+    """Both passes over all micro-batches; gradients add up in the parameters. All ranks call."""
+    ranks = model.ranks
+    tokens = [context_part(batch.tokens_BS, ranks.axes.cp) for batch in batches]
+    job = _TrainingJob(batches, targets, settings, tally, model)
+    for stage in model.each_stage():
+        stage.job = job
+    if ranks.layout.pp == 1:
+        (stage,) = model.each_stage()
+        for micro, tokens_BS in enumerate(tokens):
+            stage(tokens_BS, torch.tensor([micro])).sum().backward()
+    else:
+        _pipeline(model, len(batches), tokens[0]).step(torch.cat(tokens))
 
-    def __init__(self, stop: bool, device: torch.device) -> None:
-        self.numbers: dict[str, Tensor] = {"stop": torch.tensor(float(stop), device=device)}
-        self.stats: dict[int, RoutingStats] = {}
 
-    def add(
-        self, loss: Tensor, router: dict[str, Tensor], stats: dict[int, RoutingStats], batch: Batch
+def _pipeline(model: ParallelModel, micro_batches: int, tokens_BS: Tensor) -> Pipeline:
+    """The model's pipeline for micro-batches of this shape, made once."""
+    rows, positions = tokens_BS.shape
+    activations = (rows, positions // model.ranks.layout.tp, model.config.width)
+    key = (micro_batches, activations)
+    if key not in model.pipelines:
+        model.pipelines[key] = Pipeline(model, micro_batches, activations)
+    return model.pipelines[key]
+
+
+class _TrainingJob:
+    """A stage's part of the loss of one micro-batch, counted in the tally."""
+
+    def __init__(
+        self,
+        batches: list[Batch],
+        targets: Tensor,
+        settings: StepSettings,
+        tally: Tally,
+        model: ParallelModel,
     ) -> None:
-        self._count("loss", loss)
-        self._count("tokens", (~batch.padding_BS).sum())
-        for name, value in router.items():
-            self._count(f"router.{name}", value)
-        for layer, seen in stats.items():
-            self.stats[layer] = self.stats[layer] + seen if layer in self.stats else seen
+        self.batches = batches
+        self.targets = targets
+        self.settings = settings
+        self.tally = tally
+        self.axes = model.ranks.axes
+        self.device = model.ranks.device
+        self.vocabulary = model.config.vocabulary
 
-    def _count(self, name: str, value: Tensor) -> None:
-        value = value.detach().to(torch.float64)
-        self.numbers[name] = self.numbers[name] + value if name in self.numbers else value
+    def __call__(self, decoder: Decoder, x: Tensor, micro: int) -> Tensor:
+        batch = self.batches[micro]
+        info = token_info(batch, self.axes, self.settings.seed)
+        with autocast(self.settings.precision, self.device):
+            output = decoder(x, info)
+        losses = {name: loss / len(self.batches) for name, loss in output.losses.items()}
+        self.tally.routing(losses, output.stats)
+        if decoder.embedding is not None and self.axes.sequence.rank == 0:
+            self.tally.count("tokens", (~batch.padding_BS).sum())
+        router = sum(losses.values(), start=torch.zeros((), device=self.device))
+        if decoder.head is None:
+            return with_loss(output.x, router) if losses else output.x
+        return (self._cross_entropy(output.x, batch) + router).view(1)
 
-    def over(self, ranks: Ranks) -> "_Totals":
-        """The sums over all ranks, on the host."""
-        parts = [value.to(torch.float64).view(1) for value in self.numbers.values()]
-        for seen in self.stats.values():
-            sums = (seen.load_E, seen.dropped_E.sum(), seen.tokens, seen.entropy)
-            parts += [part.to(torch.float64).view(-1) for part in sums]
-        values = sum_over(torch.cat(parts), ranks.data_group).tolist()
-        numbers = dict(zip(self.numbers, values, strict=False))
-        place = len(self.numbers)
-        layers: dict[int, _LayerTotals] = {}
-        for layer, seen in self.stats.items():
-            experts = seen.load_E.numel()
-            load, rest = values[place : place + experts], values[place + experts :]
-            layers[layer] = _LayerTotals([int(rows) for rows in load], *rest[:3])
-            place += experts + 3
-        return _Totals(numbers, layers)
-
-
-@dataclass(frozen=True)
-class _LayerTotals:
-    load: list[int]
-    dropped: float
-    tokens: float
-    entropy: float
-
-
-@dataclass(frozen=True)
-class _Totals:
-    numbers: dict[str, float]
-    layers: dict[int, _LayerTotals]
-
-    @property
-    def loss(self) -> float:
-        return self.numbers["loss"]
-
-    def report(
-        self, step: int, norm: float, optimizer: torch.optim.Optimizer, seconds: float
-    ) -> StepReport:
-        prefix = "router."
-        return StepReport(
-            step=step,
-            loss=self.loss,
-            router_losses={
-                name.removeprefix(prefix): value
-                for name, value in self.numbers.items()
-                if name.startswith(prefix)
-            },
-            grad_norm=norm,
-            lr=optimizer.param_groups[0]["lr"],
-            tokens=int(self.numbers["tokens"]),
-            load={layer: seen.load for layer, seen in self.layers.items()},
-            dropped={layer: int(seen.dropped) for layer, seen in self.layers.items()},
-            entropy={n: seen.entropy / max(1.0, seen.tokens) for n, seen in self.layers.items()},
-            seconds=seconds,
-            stop=self.numbers["stop"] > 0,
-        )
+    def _cross_entropy(self, logits_BSV: Tensor, batch: Batch) -> Tensor:
+        targets_BS = context_part(batch.targets_BS, self.axes.cp)
+        each_BS = cross_entropy(logits_BSV, targets_BS, self.vocabulary, self.axes.tp)
+        loss = each_BS.sum() / self.targets
+        if self.axes.tp.rank == 0:  # all ranks of tp have the same
+            self.tally.count("loss", loss)
+        return loss

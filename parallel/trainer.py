@@ -10,23 +10,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
-from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer, load_tensors, read_state
 from coterie.parallel.config import EvaluationConfig, TrainConfig
-from coterie.parallel.distributed import Ranks
 from coterie.parallel.evaluate import evaluate
 from coterie.parallel.finite import NonFiniteError
+from coterie.parallel.model import ParallelModel
 from coterie.parallel.monitors import Monitor, RunFacts
-from coterie.parallel.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from coterie.parallel.optimizer import Optimizer, OptimizerConfig, learning_rate
+from coterie.parallel.part import Part
 from coterie.parallel.precision import resolve
-from coterie.parallel.run_state import model_tensors, optimizer_tensors
+from coterie.parallel.run_state import model_parts, optimizer_parts
 from coterie.parallel.step import StepReport, StepSettings, train_step
 
-DrawImages = Callable[[Decoder], dict[str, npt.NDArray[np.int64]]]
+DrawImages = Callable[[ParallelModel], dict[str, npt.NDArray[np.int64]]]
 """Images for the prompts of an evaluation, by prompt, on rank 0. All ranks call."""
 
 
@@ -46,10 +45,9 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ParallelModel,
         sampler: Sampler,
         held_out: TokenDataset,
-        ranks: Ranks,
         train: TrainConfig,
         optimizer: OptimizerConfig,
         evaluation: EvaluationConfig,
@@ -65,16 +63,16 @@ class Trainer:
         self.model = model
         self.sampler = sampler
         self.held_out = held_out
-        self.ranks = ranks
+        self.ranks = model.ranks
         self.train = train
         self.optimizer_config = optimizer
         self.evaluation = evaluation
-        self.optimizer = build_optimizer(model, optimizer)
+        self.optimizer = Optimizer(model, optimizer)
         self.checkpointer = checkpointer
         self.state = state
         self.monitors = monitors
         self.draw_images = draw_images
-        self.precision = resolve(train.precision, ranks.device)
+        self.precision = resolve(train.precision, self.ranks.device)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self._saved = 0
@@ -83,7 +81,7 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Go on from ``checkpoint``; all ranks call. Raises UserError as ``load_tensors`` does."""
         state = read_state(checkpoint)
-        load_tensors(checkpoint, self._tensors(), self.ranks.control)
+        load_tensors(checkpoint, self._parts(), self.ranks.control)
         self.sampler.load_state_dict(state["sampler"])
         self.step = self._saved = self.sampler.consumed
 
@@ -129,7 +127,7 @@ class Trainer:
     def _train_step(self, stop: bool) -> StepReport:
         parts = self.train.accumulation
         batches = [
-            self.sampler.batch(self.step, micro, parts, self.ranks.rank, self.ranks.world)
+            self.sampler.batch(self.step, micro, parts, self.ranks.place.dp, self.ranks.layout.dp)
             for micro in range(parts)
         ]
         settings = StepSettings(self.precision, self.optimizer_config.clip, self.train.seed)
@@ -139,7 +137,6 @@ class Trainer:
                 self.optimizer,
                 [batch.to(self.ranks.device) for batch in batches],
                 self.step + 1,
-                self.ranks,
                 settings,
                 stop,
             )
@@ -151,15 +148,12 @@ class Trainer:
             ) from None
 
     def _set_learning_rate(self) -> None:
-        rate = learning_rate(self.step, self.train.steps, self.optimizer_config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.lr = learning_rate(self.step, self.train.steps, self.optimizer_config)
 
     def _evaluate(self) -> None:
         self.metrics = evaluate(
             self.model,
             self.held_out,
-            self.ranks,
             self.precision,
             self.evaluation.batch,
             self.evaluation.sequences,
@@ -171,14 +165,11 @@ class Trainer:
 
     def _save(self) -> None:
         state = {**self.state, "step": self.step, "sampler": self.sampler.state_dict()}
-        self.checkpointer.save(self.step, self._tensors(), state)
+        self.checkpointer.save(self.step, self._parts(), state)
         self._saved = self.step
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            **model_tensors(self.model, self.ranks),
-            **optimizer_tensors(self.model, self.optimizer, self.ranks),
-        }
+    def _parts(self) -> dict[str, Part]:
+        return {**model_parts(self.model), **optimizer_parts(self.model, self.optimizer)}
 
     def _tell(self, event: Callable[[Monitor], None]) -> None:
         for monitor in self.monitors:

@@ -3,6 +3,57 @@
 import torch
 from torch import Tensor
 
+from coterie.comm.axis import Axis
+from coterie.comm.sequence import gather
+from coterie.moe.tokens import TokenInfo
+
+
+def within_shared_capacity(
+    expert_TK: Tensor,
+    score_TK: Tensor,
+    info: TokenInfo,
+    sequence: Axis,
+    num_experts: int,
+    capacity_factor: float,
+    by_score: bool,
+) -> Tensor:
+    """:func:`within_capacity` where the ranks of ``sequence`` hold parts of the same sequences.
+
+    Each of them looks at all tokens of the sequences, in the order of their positions.
+    """
+    routed_T = None if info.padding_T is None else ~info.padding_T
+    if sequence.size == 1:
+        return within_capacity(
+            expert_TK,
+            score_TK,
+            routed_T,
+            info.sequence_T,
+            num_experts,
+            capacity_factor,
+            by_score,
+        )
+    tokens = expert_TK.shape[0]
+    if info.position_T is None or info.sequence_T is None:
+        raise ValueError("capacity over parts of sequences needs their sequence_T and position_T")
+    if routed_T is None:
+        routed_T = torch.ones(tokens, dtype=torch.bool, device=expert_TK.device)
+    facts_TN = torch.stack([info.sequence_T, info.position_T, routed_T.long()], 1)
+    choices = expert_TK.shape[1]
+    all_TN = gather(torch.cat([expert_TK, facts_TN], 1), 0, sequence)
+    expert_all_TK, facts_all_TN = all_TN.split([choices, 3], 1)
+    order_T = facts_all_TN[:, 1].argsort(stable=True)
+    keep_all_TK = torch.empty_like(expert_all_TK, dtype=torch.bool)
+    keep_all_TK[order_T] = within_capacity(
+        expert_all_TK[order_T],
+        gather(score_TK, 0, sequence)[order_T],
+        facts_all_TN[order_T, 2].bool(),
+        facts_all_TN[order_T, 0],
+        num_experts,
+        capacity_factor,
+        by_score,
+    )
+    return keep_all_TK[sequence.rank * tokens : (sequence.rank + 1) * tokens]
+
 
 def within_capacity(
     expert_TK: Tensor,

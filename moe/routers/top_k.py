@@ -5,14 +5,14 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from coterie.comm.axis import Axis
 from coterie.core.config import Config
 from coterie.core.random import uniform
 from coterie.moe.assignment import Assignment, count, from_choices
 from coterie.moe.losses import global_counts, switch_balance, z_loss
 from coterie.moe.routers.base import Router, Routing
-from coterie.moe.routers.capacity import within_capacity
+from coterie.moe.routers.capacity import within_shared_capacity
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
 
@@ -51,6 +51,12 @@ class TopKConfig(Config):
             raise ValueError(f"top_groups {self.top_groups} must be at most groups {self.groups}")
         return self
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that the router returns in training."""
+        named = {"balance": self.balance_loss, "z": self.z_loss}
+        return tuple(name for name, coefficient in named.items() if coefficient)
+
     def check(self, num_experts: int) -> None:
         """Raise ``ValueError`` when ``num_experts`` experts cannot be routed like this."""
         if num_experts % self.groups:
@@ -68,17 +74,24 @@ class TopKConfig(Config):
 class TopKRouter(Router):
     """Logits x·W, scores, the k best experts of each token.
 
-    ``group``: the ranks whose tokens make up the global micro-batch; the balance statistics are
-    counted over them.
+    ``data``: the ranks whose tokens make up the global micro-batch; the balance statistics are
+    counted over them. ``sequence``: those that hold parts of the same sequences; capacity is
+    counted over whole ones.
     """
 
     def __init__(
-        self, width: int, num_experts: int, config: TopKConfig, group: ProcessGroup | None = None
+        self,
+        width: int,
+        num_experts: int,
+        config: TopKConfig,
+        data: Axis = Axis("data"),
+        sequence: Axis = Axis("sequence"),
     ) -> None:
         super().__init__()
         config.check(num_experts)
         self.config = config
-        self.group = group
+        self.data = data
+        self.sequence = sequence
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
@@ -98,11 +111,11 @@ class TopKRouter(Router):
             if info.padding_T is not None:
                 chosen_TK = keep_TK = (~info.padding_T)[:, None].expand_as(expert_TK)
             if config.capacity_factor is not None:
-                keep_TK = within_capacity(
+                keep_TK = within_shared_capacity(
                     expert_TK,
                     weight_TK.detach(),
-                    None if info.padding_T is None else ~info.padding_T,
-                    info.sequence_T,
+                    info,
+                    self.sequence,
                     self.num_experts,
                     config.capacity_factor,
                     by_score=config.drop == "score",
@@ -155,7 +168,7 @@ class TopKRouter(Router):
 
         losses: dict[str, Tensor] = {}
         if self.training and (config.balance_loss or config.z_loss):
-            load_total_E, tokens_total = global_counts(chosen_E, tokens, self.group)
+            load_total_E, tokens_total = global_counts(chosen_E, tokens, self.data.group)
             if config.balance_loss:
                 balance = switch_balance(prob_TE, load_total_E, tokens_total, config.k)
                 losses["balance"] = config.balance_loss * balance

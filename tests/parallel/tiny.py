@@ -12,18 +12,19 @@ from torch import Tensor
 from coterie.data import Sampler, TokenDataset, Vocabulary, open_dataset, write_dataset
 from coterie.launch.assemble import build_model
 from coterie.launch.config import RunConfig
-from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer
 from coterie.parallel.distributed import Ranks, make_groups
 from coterie.parallel.layout import Layout
+from coterie.parallel.model import ParallelModel
 from coterie.parallel.monitors import Monitor
-from coterie.parallel.run_state import model_tensors, optimizer_tensors
+from coterie.parallel.part import Part
+from coterie.parallel.run_state import model_parts, optimizer_parts
 from coterie.parallel.step import StepReport
 from coterie.parallel.trainer import Trainer
 
 VOCABULARY = Vocabulary(levels=3, side=2)
 SEQUENCE = 32
-ALONE = Ranks(0, 1, torch.device("cpu"), Layout(1, 1))
+ALONE = Ranks(0, torch.device("cpu"), Layout())
 
 
 def write_data(path: Path, rows: int = 40, held_out: int = 7, seed: int = 0) -> Path:
@@ -73,10 +74,11 @@ def join(world: int, ep: int) -> Ranks:
     if world == 1:
         return ALONE
     assert dist.get_world_size() == world
-    return make_groups(Layout(world, ep), torch.device("cpu"), timedelta(seconds=60))
+    layout = Layout(ep=ep, dp_replicate=world)
+    return make_groups(layout, torch.device("cpu"), timedelta(seconds=60))
 
 
-def model_of(config: RunConfig, ranks: Ranks) -> Decoder:
+def model_of(config: RunConfig, ranks: Ranks) -> ParallelModel:
     return build_model(config, ranks)
 
 
@@ -101,7 +103,6 @@ def trainer_of(
         model_of(config, ranks),
         sampler_of(config),
         held_out_of(config),
-        ranks,
         config.train,
         config.optimizer,
         config.evaluation,
@@ -127,19 +128,19 @@ class Recorder(Monitor):
         self.evaluations.append((step, metrics))
 
 
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+def copied(parts: dict[str, Part]) -> dict[str, Tensor]:
+    return {name: part.tensor.clone() for name, part in parts.items()}
 
 
-def weights(model: Decoder) -> dict[str, Tensor]:
+def weights(model: ParallelModel) -> dict[str, Tensor]:
     """Copies of this rank's weights, by name."""
-    return copied(model_tensors(model, ALONE))
+    return copied(model_parts(model))
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of this rank's weights and optimizer moments, by name."""
     model, optimizer = trainer.model, trainer.optimizer
-    return copied({**model_tensors(model, ALONE), **optimizer_tensors(model, optimizer, ALONE)})
+    return copied({**model_parts(model), **optimizer_parts(model, optimizer)})
 
 
 def bits_differ(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> list[str]:

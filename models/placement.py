@@ -1,0 +1,58 @@
+"""Which part of each parameter a module holds, by what the module says it cuts."""
+
+import torch
+from torch import nn
+
+from coterie.comm.axis import Cut
+from coterie.core.box import Box
+from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.moe.experts import Experts
+
+
+def cuts_of(model: nn.Module) -> dict[str, tuple[Cut, ...]]:
+    """By name, how each parameter of ``model`` is cut; those held whole have none."""
+    cuts: dict[str, tuple[Cut, ...]] = {name: () for name, _ in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        own: dict[str, tuple[Cut, ...]] = getattr(module, "cuts", {})
+        for name, cut in own.items():
+            full = f"{prefix}.{name}" if prefix else name
+            if full in cuts:  # a tied parameter has one name only
+                cuts[full] = cut
+    return cuts
+
+
+def boxes_of(model: nn.Module) -> dict[str, Box]:
+    """By name, the box of each parameter of ``model`` that its module holds, before any sharding
+    of data-parallel ranks."""
+    cuts = cuts_of(model)
+    return {name: _box(tuple(p.shape), cuts[name]) for name, p in model.named_parameters()}
+
+
+def box_of(module: nn.Module, parameter: str) -> Box:
+    """The box of one parameter of ``module``."""
+    own: dict[str, tuple[Cut, ...]] = getattr(module, "cuts", {})
+    return _box(tuple(module.get_parameter(parameter).shape), own.get(parameter, ()))
+
+
+def _box(shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> Box:
+    whole = list(shape)
+    for cut in cuts:
+        whole[cut.dim] = cut.length
+    box = Box.all_of(tuple(whole))
+    for cut in cuts:
+        box = box.cut(cut.dim, cut.axis.part(cut.length))
+    return box
+
+
+def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
+    """Parameters of the whole model, and of those the ones that one token passes."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    total = sum(p.numel() for p in model.parameters())
+    if config.moe is None:
+        return total, total
+    experts = sum(
+        p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters()
+    )
+    share = config.moe.router.k / config.moe.experts.count
+    return total, total - experts + int(experts * share)

@@ -1,0 +1,178 @@
+"""Which layouts are possible: each rule with its sentence, and the nearest layouts that work."""
+
+from collections.abc import Iterator
+
+from coterie.core.errors import UserError
+from coterie.models import DecoderConfig
+from coterie.parallel.layout import Layout, LayoutConfig, Schedule, stage_blocks
+
+_SEARCHED = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp_shard")
+_SHOWN = 3
+
+
+def layout_of(config: LayoutConfig, world: int, model: DecoderConfig) -> Layout:
+    """The layout of ``world`` ranks for ``model``.
+
+    Raises:
+        UserError: it is impossible; names the rule, and what works instead.
+    """
+    problem = broken_rule(config, world, model)
+    if problem is not None:
+        raise UserError(f"{problem}{_advice(config, world, model)}")
+    return _layout(config, world)
+
+
+def blocks_of_stages(config: LayoutConfig, layers: int) -> tuple[range, ...]:
+    """The blocks of each pipeline stage."""
+    sizes = config.stages or stage_blocks(layers, config.pp * config.vpp)
+    ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def schedule_of(config: LayoutConfig) -> Schedule:
+    """The pipeline schedule, where none is named the one that fits ``vpp``."""
+    return config.schedule or ("1f1b" if config.vpp == 1 else "interleaved")
+
+
+def _layout(config: LayoutConfig, world: int) -> Layout:
+    others = config.pp * config.tp * config.cp * config.dp_shard
+    return Layout(
+        tp=config.tp,
+        pp=config.pp,
+        vpp=config.vpp,
+        schedule=schedule_of(config),
+        cp=config.cp,
+        ep=config.ep,
+        etp=config.etp,
+        dp_shard=config.dp_shard,
+        dp_replicate=config.dp_replicate or world // others,
+    )
+
+
+def broken_rule(config: LayoutConfig, world: int, model: DecoderConfig) -> str | None:
+    """The first rule that ``config`` breaks, as a sentence without its end; None: it is fine."""
+    return next((p for p in _problems(config, world, model)), None)
+
+
+def _problems(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[str]:
+    yield from _world(config, world)
+    yield from _tensor(config, model)
+    yield from _experts(config, world, model)
+    yield from _pipeline(config, model)
+
+
+def _world(config: LayoutConfig, world: int) -> Iterator[str]:
+    product = config.pp * config.tp * config.cp * config.dp_shard
+    sizes = f"pp {config.pp} × tp {config.tp} × cp {config.cp} × dp_shard {config.dp_shard}"
+    if world % product:
+        yield f"parallel: {world} processes do not divide by {sizes} = {product}"
+    elif config.dp_replicate is not None and product * config.dp_replicate != world:
+        yield (
+            f"parallel: {sizes} × dp_replicate {config.dp_replicate} = "
+            f"{product * config.dp_replicate}, but there are {world} processes"
+        )
+
+
+def _tensor(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
+    tp, moe = config.tp, model.moe
+    split: dict[str, int | None] = {
+        "model.attention.heads": model.attention.heads,
+        "model.attention.kv_heads": model.attention.kv_heads,
+        "model.feed_forward.hidden": model.feed_forward.hidden if model.feed_forward else None,
+        "model.moe.shared.hidden": moe.shared.hidden if moe and moe.shared else None,
+    }
+    for name, size in split.items():
+        if size is not None and size % tp:
+            yield f"parallel.tp is {tp}, but {name} {size} does not divide by it"
+    if -(-model.vocabulary // tp) * (tp - 1) >= model.vocabulary:
+        yield f"parallel.tp is {tp}, but model.vocabulary {model.vocabulary} leaves a rank empty"
+
+
+def _experts(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[str]:
+    ep, etp = config.ep, config.etp
+    if model.moe is None:
+        for name in ("ep", "etp"):
+            if getattr(config, name) > 1:
+                yield f"parallel.{name} is {getattr(config, name)}, but the model has no experts"
+        return
+    count, hidden = model.moe.experts.count, model.moe.experts.hidden
+    if count % ep:
+        yield f"parallel.ep is {ep}, but model.moe.experts.count {count} does not divide by it"
+    if hidden % etp:
+        yield f"parallel.etp is {etp}, but model.moe.experts.hidden {hidden} does not divide by it"
+    ranks = world // config.pp
+    if ranks % (ep * etp):
+        yield (
+            f"parallel: ep {ep} × etp {etp} = {ep * etp} does not divide the {ranks} ranks of a "
+            "pipeline stage"
+        )
+    inside = config.dp_shard * config.cp * config.tp
+    if config.dp_shard > 1 and inside % (ep * etp) and (ep * etp) % inside:
+        yield (
+            f"parallel: with dp_shard {config.dp_shard}, ep {ep} × etp {etp} = {ep * etp} and "
+            f"dp_shard × cp × tp = {inside} must be multiples one of the other"
+        )
+
+
+def _pipeline(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
+    stages, schedule = config.pp * config.vpp, schedule_of(config)
+    if config.pp == 1:
+        if config.vpp > 1 or config.stages is not None or config.schedule is not None:
+            yield "parallel: vpp, stages and schedule need a pipeline, but pp is 1"
+        return
+    needs = {"1f1b": (1, 1), "interleaved": (2, None), "zero_bubble": (1, None), "zbv": (2, 2)}
+    least, most = needs[schedule]
+    if config.vpp < least or (most is not None and config.vpp > most):
+        accepted = f"{least}" if most == least else f"{least} or more"
+        yield f"parallel.vpp is {config.vpp}, but schedule {schedule} needs {accepted}"
+    if config.stages is None:
+        if model.layers < stages:
+            yield (
+                f"parallel: {stages} stages (pp {config.pp} × vpp {config.vpp}) need as many "
+                f"blocks, but model.layers is {model.layers}"
+            )
+    elif len(config.stages) != stages:
+        yield (
+            f"parallel.stages names {len(config.stages)} stages, but pp {config.pp} × vpp "
+            f"{config.vpp} = {stages}"
+        )
+    elif min(config.stages) < 0 or sum(config.stages) != model.layers:
+        yield (
+            f"parallel.stages {list(config.stages)} must be counts that sum to model.layers "
+            f"{model.layers}"
+        )
+    elif 0 in config.stages[1:-1]:
+        yield f"parallel.stages {list(config.stages)}: only the first and the last may be 0"
+    if model.tie_embeddings:
+        yield (
+            f"parallel.pp is {config.pp}, but model.tie_embeddings needs the embedding and the "
+            "output layer on one stage"
+        )
+
+
+def _advice(config: LayoutConfig, world: int, model: DecoderConfig) -> str:
+    """The end of the sentence: layouts that differ from ``config`` in one axis, and work."""
+    found: list[str] = []
+    for name in _SEARCHED:
+        now = getattr(config, name)
+        fitting = [
+            size
+            for size in range(1, world + 1)
+            if world % size == 0
+            and size != now
+            and broken_rule(_changed(config, name, size), world, model) is None
+        ]
+        if fitting:
+            near = sorted(fitting, key=lambda size: abs(size - now))[:_SHOWN]
+            found.append(f"{name} {' or '.join(map(str, sorted(near)))}")
+    if not found:
+        return "; no change of one axis makes it fit"
+    return f"; what fits instead: {', or '.join(found)}"
+
+
+def _changed(config: LayoutConfig, name: str, size: int) -> LayoutConfig:
+    """``config`` with one axis of another size; what names single stages gives way."""
+    gone = {"dp_replicate": None}
+    if name in ("pp", "vpp"):
+        gone |= {"stages": None, "schedule": None}
+    return config.model_copy(update={name: size, **gone})
