@@ -40,13 +40,10 @@ def open_data(config: DataConfig, ranks: Ranks) -> tuple[TokenDataset, TokenData
 
 def build_model(config: RunConfig, ranks: Ranks) -> ParallelModel:
     """The initialised model: this rank's part of it, on its device."""
-    blocks: tuple[range, ...] = (range(config.model.layers),)
-    if ranks.layout.pp > 1:
-        blocks = blocks_of_stages(config.parallel, config.model.layers)
     precision = resolve(config.train.precision, ranks.device)
     return ParallelModel(
         config.model,
-        blocks,
+        blocks_of_stages(config.parallel, config.model.layers),
         ranks,
         config.train.recompute,
         parameter_dtype(precision),

@@ -19,7 +19,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed import ProcessGroup
 
 from coterie.parallel.layout import Layout
-from coterie.parallel.model import ParallelModel, Place, local
+from coterie.parallel.model import ParallelModel, local
+from coterie.parallel.placement import Place
 
 BUCKET = 16 * 2**20
 """Elements in one all-reduce, unless one tensor has more: for bandwidth, yet pipelined."""

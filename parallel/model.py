@@ -1,20 +1,18 @@
 """A rank's part of the model: its pipeline stages, its slices, its shards, by global names."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from coterie.core.box import Box
 from coterie.models import Decoder, DecoderConfig, initialise
-from coterie.models.decoder import DecoderPart, Recompute
-from coterie.models.placement import boxes_of, cuts_of
+from coterie.models.decoder import Recompute
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.part import Part
-from coterie.parallel.sharding import shard, sharded_box
+from coterie.parallel.placement import Place, places_of, stage_parts
+from coterie.parallel.sharding import shard
 
 
 class Job(Protocol):
@@ -38,19 +36,6 @@ class Stage(nn.Module):
         return self.job(self.decoder, x, int(micro))
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter of this rank belongs."""
-
-    box: Box
-    """What this rank keeps of it."""
-    expert: bool
-    tensor_parallel: bool
-    """Whether tp splits it; if not, each rank of tp has a gradient from its own tokens."""
-    owner: bool
-    """This rank, of those that hold the same box, stands for all."""
-
-
 class ParallelModel(nn.Module):
     """The stages of the decoder that this rank holds; parameters go by their global names."""
 
@@ -70,15 +55,13 @@ class ParallelModel(nn.Module):
         self.places: dict[str, Place] = {}
         self.stage_numbers = ranks.layout.stages_of(ranks.place.pp)
         stages = []
-        for number in self.stage_numbers:
-            last = number == len(blocks) - 1
-            part = DecoderPart(blocks[number], embedding=number == 0, head=last)
+        for part in stage_parts(blocks, ranks.layout, ranks.rank):
             with torch.device("meta"):
                 decoder = Decoder(config, ranks.axes, part, recompute)
             decoder = decoder.to(dtype).to_empty(device=ranks.device)
             decoder.tie()
             initialise(decoder, seed, residual_branches=2 * config.layers)
-            self.places |= places_of(decoder, ranks)
+            self.places |= places_of(decoder, ranks.layout, ranks.rank)
             stage = Stage(decoder)
             shard(stage, decoder, ranks)
             stages.append(stage)
@@ -105,25 +88,6 @@ class ParallelModel(nn.Module):
         """``tensor`` (a parameter, its gradient or a moment) as this rank's part of the whole."""
         place = self.places[name]
         return Part(local(tensor.detach()), place.box, place.owner)
-
-
-def places_of(decoder: Decoder, ranks: Ranks) -> dict[str, Place]:
-    """By name, where each parameter of a stage belongs, before it is sharded."""
-    layout, at = ranks.layout, ranks.place
-    cuts = cuts_of(decoder)
-    places = {}
-    for name, box in boxes_of(decoder).items():
-        axes = {cut.axis.name for cut in cuts[name]}
-        expert = "ep" in axes
-        split = "tp" in axes
-        first = at.expert_replicate == 0 if expert else at.replicate == 0
-        places[name] = Place(
-            box=sharded_box(box, expert, layout, at),
-            expert=expert,
-            tensor_parallel=split,
-            owner=first and (expert or split or at.tp == 0),
-        )
-    return places
 
 
 def local(tensor: Tensor) -> Tensor:

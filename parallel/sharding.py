@@ -12,28 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from coterie.comm.axis import Axis
-from coterie.core.box import Box
 from coterie.models.decoder import Block, Decoder
 from coterie.moe.experts import Experts
 from coterie.parallel.distributed import Ranks
-from coterie.parallel.layout import Coordinates, Layout
-
-
-def shard_dim(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension that a parameter is split along: the first that divides, else the first."""
-    return next((dim for dim, length in enumerate(shape) if length % shards == 0), 0)
-
-
-def sharded_box(box: Box, expert: bool, layout: Layout, place: Coordinates) -> Box:
-    """What the rank at ``place`` keeps of a parameter of which its module has ``box``."""
-    rank, size = (
-        (place.expert_shard, layout.expert_shard) if expert else (place.shard, layout.shard)
-    )
-    if size == 1:
-        return box
-    dim = shard_dim(box.shape, size)
-    return box.cut(dim, Axis("shard", rank, size).part(box.shape[dim]))
+from coterie.parallel.placement import shard_dim
 
 
 def shard(stage: nn.Module, decoder: Decoder, ranks: Ranks) -> None:

@@ -41,9 +41,7 @@ class Job:
     mutation: str = ""
 
     def config(self, data: Path) -> RunConfig:
-        return config_of(
-            data, dict(self.parallel), self.recompute, self.batch, self.accumulation
-        )
+        return config_of(data, dict(self.parallel), self.recompute, self.batch, self.accumulation)
 
     @property
     def name(self) -> str:
