@@ -1,8 +1,8 @@
 """Checkpoints: saved in the background while training goes on, loaded on any layout.
 
-A checkpoint holds tensors (weights, optimizer moments: names to tensors or DTensors) and one JSON
-state (step, sampler, config, …). A kill at any moment costs no checkpoint that was complete; every
-byte is under a checksum; reading executes nothing from the files.
+A checkpoint holds tensors (weights, optimizer moments; each rank gives its parts by name) and one
+JSON state (step, sampler, config, …). A kill at any moment costs no checkpoint that was complete;
+every byte is under a checksum; reading executes nothing from the files.
 """
 
 import importlib.metadata
@@ -19,19 +19,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from coterie.comm.objects import from_rank_zero, gather_objects
 from coterie.core.config import Config
 from coterie.core.errors import UserError, nearest
+from coterie.parallel.checkpoint_file import DTYPES, WrittenFile, tensor_entries
 from coterie.parallel.checkpoint_format import (
     STATE,
-    FileEntry,
     Manifest,
-    TensorEntry,
     damaged,
     find_damage,
     latest,
@@ -50,13 +47,15 @@ from coterie.parallel.checkpoint_store import (
     write_manifest,
 )
 from coterie.parallel.checkpoint_tensors import (
-    DTYPES,
+    PartPlanner,
     Staged,
     StagedPlanner,
     Stager,
     TensorReader,
     TensorWriter,
+    check_shape,
 )
+from coterie.parallel.part import Part
 
 __all__ = [
     "CheckpointConfig",
@@ -119,22 +118,24 @@ class Checkpointer:
         """Whether a checkpoint is to be saved after ``step`` finished steps."""
         return self.config.every > 0 and step % self.config.every == 0
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, parts: dict[str, Part], state: dict[str, Any]) -> None:
         """Copy everything, then write it in the background; every rank calls.
 
-        Waits first for a save still under way. On return the tensors may be overwritten. A tensor
-        that is not a DTensor is the same on all ranks that have it; ranks may have different names
-        (pipeline stages). ``state`` is plain JSON; rank 0's is written.
+        Waits first for a save still under way. On return the tensors may be overwritten. Ranks may
+        have different names (pipeline stages), and empty parts. Together their parts make up each
+        tensor: those of two ranks are the same, with equal content, or do not overlap. ``state`` is
+        plain JSON; rank 0's is written.
 
         Raises:
             UserError: the previous save failed for want of space or permission; all ranks raise.
             ValueError: ``state`` is not plain JSON, or a tensor cannot be saved.
+            RuntimeError: the previous save failed otherwise: parts that do not fit together, …
         """
         self.wait()
         text = json.dumps(state, allow_nan=False)
         if json.loads(text) != state:
             raise ValueError("state must be plain JSON: string keys, lists, numbers, strings")
-        staged = self._stager.stage(tensors)
+        staged = self._stager.stage(parts)
         self._step = step
         if not self.config.asynchronous:
             self._run(step, staged, text)
@@ -150,6 +151,7 @@ class Checkpointer:
 
         Raises:
             UserError: it failed for want of space or permission; all ranks raise.
+            RuntimeError: it failed otherwise: parts that do not fit together, …
         """
         if self._thread is not None:
             self._thread.join()
@@ -180,14 +182,9 @@ class Checkpointer:
     def _run(self, step: int, staged: Staged, state: str) -> None:
         partial = partial_path(self.folder, step, self._token)
 
-        def finish(files: dict[str, FileEntry], tensors: dict[str, TensorEntry]) -> None:
-            files = {**files, STATE: write_file(partial / STATE, state.encode())}
+        def finish(written: list[WrittenFile]) -> None:
             world = 1 if self._group is None else dist.get_world_size(self._group)
-            manifest = Manifest(
-                step=step, world_size=world, versions=_versions(), files=files, tensors=tensors
-            )
-            write_manifest(partial, manifest)
-            publish(partial)
+            complete(partial, step, world, written, state)
             try:
                 retire(self.folder, newest=step, keep=self.config.keep)
             except OSError as error:
@@ -222,19 +219,37 @@ class Checkpointer:
         return RuntimeError(f"saving the checkpoint of step {self._step} failed: {cause}")
 
 
-def load_tensors(
-    path: Path, into: dict[str, Tensor], group: ProcessGroup | None = None, *, strict: bool = True
-) -> None:
-    """Check the checkpoint at ``path`` and load it into tensors in place; every rank of ``group``.
+def complete(partial: Path, step: int, world: int, written: list[WrittenFile], state: str) -> Path:
+    """Add state and manifest to a save whose tensor files are all there, and give it its name."""
+    files = {file.name: file.entry for file in written}
+    files[STATE] = write_file(partial / STATE, state.encode())
+    manifest = Manifest(
+        step=step,
+        world_size=world,
+        versions=_versions(),
+        files=files,
+        tensors=tensor_entries(written),
+    )
+    write_manifest(partial, manifest)
+    return publish(partial)
 
-    ``into`` maps names to tensors or DTensors, sharded in any way. Together the ranks must ask for
-    every tensor of the checkpoint; with ``strict=False`` they may ask for some only (weights
-    without optimizer). Nothing is written to the tensors unless all is in order.
+
+def load_tensors(
+    path: Path, into: dict[str, Part], group: ProcessGroup | None = None, *, strict: bool = True
+) -> None:
+    """Check the checkpoint at ``path`` and load it into parts in place; every rank of ``group``.
+
+    Any parts, whatever layout saved it. Together the ranks must ask for every tensor of the
+    checkpoint; with ``strict=False`` they may ask for some only (weights without optimizer).
+    Nothing is written to the tensors unless all is in order.
 
     Raises:
         UserError: on all ranks: it is damaged, lacks a tensor, holds one that no rank asks for, or
             one of another shape or dtype.
+        ValueError: a part's tensor is not of its box's shape.
     """
+    for name, part in into.items():
+        check_shape(name, part)
     error: str | None = None
     manifest: Manifest | None = None
     try:
@@ -259,9 +274,9 @@ def load_tensors(
             )
     try:
         dcp.load(
-            dict(into),
+            {},
             storage_reader=TensorReader(path, manifest),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=PartPlanner(into),
             process_group=group,
             no_dist=group is None,
         )
@@ -272,22 +287,22 @@ def load_tensors(
         raise RuntimeError(f"loading checkpoint {path} failed: {cause}") from failure
 
 
-def _check_match(path: Path, manifest: Manifest, into: dict[str, Tensor]) -> None:
-    for name, tensor in into.items():
+def _check_match(path: Path, manifest: Manifest, into: dict[str, Part]) -> None:
+    for name, part in into.items():
         entry = manifest.tensors.get(name)
         if entry is None:
             raise UserError(
                 f"checkpoint {path} has no tensor {name!r}{nearest(name, manifest.tensors)}"
             )
-        if entry.shape != list(tensor.shape):
+        if entry.shape != list(part.box.whole):
             raise UserError(
                 f"tensor {name!r} has shape {entry.shape} in checkpoint {path} "
-                f"and {list(tensor.shape)} in this run"
+                f"and {list(part.box.whole)} in this run"
             )
-        if DTYPES.get(entry.dtype) != tensor.dtype:
+        if DTYPES.get(entry.dtype) != part.tensor.dtype:
             raise UserError(
                 f"tensor {name!r} is {entry.dtype} in checkpoint {path} "
-                f"and {str(tensor.dtype).removeprefix('torch.')} in this run"
+                f"and {str(part.tensor.dtype).removeprefix('torch.')} in this run"
             )
 
 

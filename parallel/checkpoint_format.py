@@ -9,18 +9,19 @@ later: an error to report, never one to skip. Reading executes nothing: it is JS
 
 import hashlib
 import json
-import math
 import re
 import stat
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coterie.core.box import Box
 from coterie.core.errors import UserError
+from coterie.parallel.checkpoint_plan import covers
 
 FORMAT = "coterie checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
@@ -51,7 +52,13 @@ class TensorEntry(_Strict):
 
     dtype: str
     shape: list[int]
+    digest: str = Field(pattern=r"^[0-9a-f]{16}$")
+    """Of the content (:mod:`coterie.core.digest`), in hexadecimal: the same in every layout."""
     chunks: list[ChunkEntry]
+
+    def box(self, chunk: ChunkEntry) -> Box:
+        """Where ``chunk`` lies in the tensor."""
+        return Box(tuple(self.shape), tuple(chunk.offset), tuple(chunk.shape))
 
 
 class Manifest(_Strict):
@@ -115,7 +122,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at ``path``, checked against its own checksum.
 
     Raises:
-        UserError: ``path`` is no checkpoint, is damaged, or is of a newer format.
+        UserError: ``path`` is no checkpoint, is damaged, or is of another format version.
     """
     try:
         return _manifest(path)
@@ -177,7 +184,7 @@ def damaged(path: Path, reason: str) -> UserError:
 def _is_good(path: Path) -> bool:
     try:
         return find_damage(path) is None
-    except UserError:  # of a newer format, or not readable
+    except UserError:  # of another format version, or not readable
         return False
 
 
@@ -201,10 +208,15 @@ def _manifest(path: Path) -> Manifest:
         if version > VERSION:
             raise UserError(
                 f"checkpoint {path} has format version {version}, written by a newer coterie; "
-                f"this one reads versions up to {VERSION}"
+                f"this one reads version {VERSION}"
             )
         if version < 1:
             raise _Damage(f"{MANIFEST} has format version {version}, which never existed")
+        if version < VERSION:
+            raise UserError(
+                f"checkpoint {path} has format version {version}, written by an older coterie; "
+                f"this one reads version {VERSION}"
+            )
     try:
         envelope = _Envelope.model_validate(raw)
         if envelope.checksum != checksum(envelope.manifest):
@@ -244,8 +256,8 @@ def _check_consistent(manifest: Manifest) -> None:
             )
             if not inside or chunk.file not in manifest.files:
                 raise _Damage(f"{MANIFEST} places a chunk of tensor {name!r} wrongly")
-        covered = sum(math.prod(chunk.shape) for chunk in tensor.chunks)
-        if covered != math.prod(tensor.shape) or not tensor.chunks:
+        boxes = [tensor.box(chunk) for chunk in tensor.chunks]
+        if not boxes or not covers(tensor.shape, boxes):
             raise _Damage(f"the chunks of tensor {name!r} in {MANIFEST} do not cover it")
 
 

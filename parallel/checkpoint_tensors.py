@@ -1,18 +1,16 @@
 """Tensors in and out of a checkpoint: ``torch.distributed.checkpoint`` with safetensors files.
 
-DCP plans which rank writes or reads which chunk of which tensor, so any layout can be loaded on any
-other. Its own formats are not used: the default one keeps a pickle, and its safetensors writer
+DCP carries plans and results between the ranks, and an exception of any rank to all. What each rank
+holds is told by boxes (:class:`coterie.parallel.part.Part`), so any layout can be loaded on any
+other. DCP's own formats are not used: the default one keeps a pickle, and its safetensors writer
 copies each file twice in memory, refuses strided tensors and keeps no checksums. Ours streams each
-rank's chunks into one file, and hands their places and checksums to the manifest.
+rank's chunks into one file, and hands their places, checksums and digests to the manifest.
 """
 
-import hashlib
-import json
 import os
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, StorageWriter
 from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -28,44 +26,40 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.planner_helpers import _create_write_items
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from coterie.parallel.checkpoint_format import ChunkEntry, FileEntry, Manifest, TensorEntry
+from coterie.core.box import Box
+from coterie.parallel.checkpoint_file import (
+    DTYPES,
+    SAFETENSORS,
+    WrittenFile,
+    rank_file,
+    raw,
+    write_safetensors,
+)
+from coterie.parallel.checkpoint_format import Manifest
+from coterie.parallel.checkpoint_plan import Chunk, assign
+from coterie.parallel.part import Part
 
 # What DCP says of every save by a single process, where it is what was asked for.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
-_SAFETENSORS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _SAFETENSORS}
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A rank's chunks, copied to CPU memory: training may go on."""
-
-    items: list[WriteItem]
-    chunks: dict[str, Tensor]
+Staged = dict[Chunk, Tensor]
+"""A rank's chunks, copied to CPU memory: training may go on."""
 
 
 class Stager:
-    """Copies tensors into CPU buffers, which it keeps for the next time.
+    """Copies parts into CPU buffers, which it keeps for the next time.
 
     Fresh memory costs more than the copy itself: the kernel clears each page at first touch.
     """
@@ -73,37 +67,22 @@ class Stager:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def stage(self, tensors: dict[str, Tensor]) -> Staged:
-        """Copy this rank's part of ``tensors``; a staged copy is valid until the next call.
+    def stage(self, parts: dict[str, Part]) -> Staged:
+        """Copy this rank's ``parts``; a staged copy is valid until the next call.
 
         Raises:
-            ValueError: a dtype that safetensors cannot hold, a DTensor with Partial placements, or
-                a DTensor whose local part is not one box of the whole.
+            ValueError: a dtype that safetensors cannot hold, or a tensor that is not of the shape
+                that its box says.
         """
-        items: list[WriteItem] = []
-        chunks: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if tensor.dtype not in _SAFETENSORS or name == "__metadata__":
-                raise ValueError(f"tensor {name!r} of {tensor.dtype} cannot be in a checkpoint")
-            local = tensor.detach()
-            if isinstance(local, DTensor):
-                if local.device_mesh.get_coordinate() is None:
-                    continue
-                if any(placement.is_partial() for placement in local.placements):
-                    raise ValueError(f"tensor {name!r} has Partial placements: reduce it first")
-            (item,) = _create_write_items(name, local)
-            if isinstance(local, DTensor):
-                local = local.to_local()
-            assert item.tensor_data is not None
-            if local.shape != item.tensor_data.chunk.sizes:
-                raise ValueError(f"the local part of tensor {name!r} is not one box of the whole")
-            # An empty shard has nothing to write or to list; a tensor empty as a whole is listed.
-            if local.numel() == 0 and tensor.numel() > 0:
-                continue
-            items.append(item)
-            chunks[name] = self._copy(name, local)
-        self._buffers = chunks
-        return Staged(items, chunks)
+        staged: Staged = {}
+        for name, part in parts.items():
+            if part.tensor.dtype not in SAFETENSORS or name == "__metadata__":
+                raise ValueError(f"tensor {name!r} of {part.tensor.dtype} cannot be saved")
+            check_shape(name, part)
+            chunk = Chunk.of(name, part.tensor.dtype, part.box)
+            staged[chunk] = self._copy(name, part.tensor.detach().reshape(chunk.box.shape))
+        self._buffers = {chunk.name: buffer for chunk, buffer in staged.items()}
+        return staged
 
     def _copy(self, name: str, local: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
@@ -112,73 +91,82 @@ class Stager:
         return buffer.copy_(local)
 
 
+def check_shape(name: str, part: Part) -> None:
+    """Raises ValueError unless the part's tensor is of the shape that its box says."""
+    if tuple(part.tensor.shape) != part.box.shape:
+        raise ValueError(
+            f"tensor {name!r} has shape {list(part.tensor.shape)}, "
+            f"but its box {list(part.box.shape)}"
+        )
+
+
 class StagedPlanner(DefaultSavePlanner):
     """Plans a save of staged chunks; of replicas, one rank's is written."""
 
     def __init__(self, staged: Staged) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._staged = staged
+        self._staged = {chunk.name: (chunk, tensor) for chunk, tensor in staged.items()}
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's chunks, with a fingerprint of each."""
-        prints = {
-            i.index: _fingerprint(self._staged.chunks[i.index.fqn]) for i in self._staged.items
-        }
-        self.plan = SavePlan(self._staged.items, planner_data=prints)
-        return self.plan
+        """What this rank holds, with a fingerprint of each chunk."""
+        prints = {chunk: _fingerprint(tensor) for chunk, tensor in self._staged.values()}
+        return SavePlan([], planner_data=prints)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Raises ValueError when ranks differ in what they hold as replicas of one chunk.
+        """Who writes what.
 
-        Otherwise a sharded tensor that was not given as a DTensor would lose all shards but one.
+        Raises:
+            ValueError: parts overlap or leave gaps, or ranks differ in what they hold as replicas
+                of one chunk: a tensor split without saying so would lose all parts but one.
         """
-        first: dict[MetadataIndex, tuple[int, Any]] = {}
-        for rank, plan in enumerate(all_plans):
-            for index, fingerprint in plan.planner_data.items():
-                other, expected = first.setdefault(index, (rank, fingerprint))
+        held = [plan.planner_data for plan in all_plans]
+        first: dict[Chunk, tuple[int, int]] = {}
+        for rank, prints in enumerate(held):
+            for chunk, fingerprint in prints.items():
+                other, expected = first.setdefault(chunk, (rank, fingerprint))
                 if fingerprint != expected:
                     raise ValueError(
-                        f"tensor {index.fqn!r} differs between ranks {other} and {rank}: "
-                        f"replicas must be equal, and shards must be DTensors"
+                        f"tensor {chunk.name!r} differs between ranks {other} and {rank}: "
+                        f"replicas must be equal, and parts must say their box"
                     )
-        return super().create_global_plan(all_plans)
+        plans = [SavePlan([_write_item(chunk) for chunk in mine]) for mine in assign(held)]
+        return plans, Metadata({})  # the manifest is made of what was written
 
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The staged chunk."""
-        return self._staged.chunks[index.fqn]
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return new_plan
 
-
-def _fingerprint(chunk: Tensor) -> tuple[tuple[int, ...], str, int]:
-    """Shape, dtype and a checksum of about a thousand elements."""
-    flat = chunk.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // 1024)].contiguous()
-    return tuple(chunk.shape), str(chunk.dtype), zlib.crc32(_raw(sample))
+    def staged(self, item: WriteItem) -> tuple[Chunk, Tensor]:
+        """The staged chunk that ``item`` writes."""
+        return self._staged[item.index.fqn]
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _write_item(chunk: Chunk) -> WriteItem:
+    box, properties = chunk.box, TensorProperties(dtype=chunk.dtype)
+    where = _place(box)
+    data = TensorWriteData(where, properties, torch.Size(box.whole))
+    return WriteItem(MetadataIndex(chunk.name, where.offsets), WriteItemType.SHARD, data)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A file that a rank has written."""
+def _place(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
 
-    name: str
-    entry: FileEntry
+
+def _fingerprint(tensor: Tensor) -> int:
+    """A checksum of about a thousand elements."""
+    flat = tensor.reshape(-1)
+    return zlib.crc32(raw(flat[:: max(1, flat.numel() // 1024)].contiguous()))
 
 
 class TensorWriter(StorageWriter):
     """Writes each rank's chunks into ``partial/rank_00000.safetensors`` with fsync.
 
-    On rank 0, ``finish(files, tensors)`` then completes the checkpoint. DCP carries an exception of
-    any rank, in any of these steps, to all ranks.
+    On rank 0, ``finish(files)`` then completes the checkpoint. DCP carries an exception of any
+    rank, in any of these steps, to all ranks.
     """
 
     def __init__(
-        self,
-        partial: Path,
-        rank: int,
-        finish: Callable[[dict[str, FileEntry], dict[str, TensorEntry]], None],
+        self, partial: Path, rank: int, finish: Callable[[list[WrittenFile]], None]
     ) -> None:
         super().__init__()
         self._partial = partial
@@ -198,44 +186,24 @@ class TensorWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Without the fingerprints, which have done their work."""
-        return [SavePlan(plan.items) for plan in plans]
+        """As they are."""
+        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file; a rank without chunks writes none."""
         results: list[WriteResult] = []
         if plan.items:
-            name = f"rank_{self._rank:05d}.safetensors"
-            chunks = [(item.index, cast(Tensor, planner.resolve_data(item))) for item in plan.items]
-            written = _Written(name, write_safetensors(self._partial / name, chunks))
-            results = [WriteResult(index, chunk.nbytes, written) for index, chunk in chunks]
+            staged = [cast(StagedPlanner, planner).staged(item) for item in plan.items]
+            contents = {chunk: [(chunk.box, tensor)] for chunk, tensor in staged}
+            written = write_safetensors(self._partial / rank_file(self._rank), contents)
+            results = [WriteResult(plan.items[0].index, written.entry.size, written)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, after all have written."""
-        files: dict[str, FileEntry] = {}
-        places: dict[tuple[str, torch.Size | None], str] = {}
-        for result in (result for of_rank in results for result in of_rank):
-            files[result.storage_data.name] = result.storage_data.entry
-            places[result.index.fqn, result.index.offset] = result.storage_data.name
-        tensors: dict[str, TensorEntry] = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            tensors[name] = TensorEntry(
-                dtype=str(entry.properties.dtype).removeprefix("torch."),
-                shape=list(entry.size),
-                chunks=[
-                    ChunkEntry(
-                        file=places[name, chunk.offsets],
-                        offset=list(chunk.offsets),
-                        shape=list(chunk.sizes),
-                    )
-                    for chunk in entry.chunks
-                ],
-            )
-        self._finish(files, tensors)
+        self._finish([result.storage_data for of_rank in results for result in of_rank])
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -243,40 +211,27 @@ class TensorWriter(StorageWriter):
         return True
 
 
-def write_safetensors(path: Path, chunks: list[tuple[MetadataIndex, Tensor]]) -> FileEntry:
-    """Stream chunks into a safetensors file with DCP's sharding information, and fsync it.
+class PartPlanner(DefaultLoadPlanner):
+    """Plans what a rank reads: for each of its parts, where saved chunks and its box meet."""
 
-    Raises:
-        OSError: the disk is full, …
-    """
-    # Widest elements first: every tensor is then aligned to its element size.
-    ordered = sorted(chunks, key=lambda pair: (-pair[1].itemsize, pair[0].fqn))
-    header: dict[str, Any] = {}
-    offsets = {index.fqn: {"saved_offsets": index.offset} for index, _ in chunks}
-    header["__metadata__"] = {
-        "format": "pt",
-        "DCP_VERSION": "1.0",
-        "DCP_SHARDING_INFO": json.dumps(offsets),
-    }
-    end = 0
-    for index, chunk in ordered:
-        start, end = end, end + chunk.nbytes
-        header[index.fqn] = {
-            "dtype": _SAFETENSORS[chunk.dtype],
-            "shape": list(chunk.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
-        for part in (start_of_file, *(_raw(chunk) for _, chunk in ordered)):
-            digest.update(part)
-            while part:  # an unbuffered write may be short
-                part = part[file.write(part) :]
-        os.fsync(file.fileno())
-    return FileEntry(size=8 + len(text) + end, sha256=digest.hexdigest())
+    def __init__(self, parts: dict[str, Part]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._parts = parts
+
+    def create_local_plan(self) -> LoadPlan:
+        """Read items for every part that is not empty."""
+        assert self.metadata is not None
+        items = []
+        for name, part in self._parts.items():
+            saved = self.metadata.state_dict_metadata[name]
+            assert isinstance(saved, TensorStorageMetadata)
+            if part.box.numel:
+                items += create_read_items_for_chunk_list(name, saved, [_place(part.box)])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Where to write what was read."""
+        return self._parts[index.fqn].tensor.detach()
 
 
 class TensorReader(HuggingFaceStorageReader):
@@ -299,10 +254,10 @@ class TensorReader(HuggingFaceStorageReader):
             dtype = DTYPES[entry.dtype]
             chunks = []
             for chunk in entry.chunks:
-                box = ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
-                chunks.append(box)
-                places[MetadataIndex(name, box.offsets)] = _HFStorageInfo(
-                    relative_path=str(self._folder / chunk.file), shape=box.sizes, dtype=dtype
+                place = _place(entry.box(chunk))
+                chunks.append(place)
+                places[MetadataIndex(name, place.offsets)] = _HFStorageInfo(
+                    relative_path=str(self._folder / chunk.file), shape=place.sizes, dtype=dtype
                 )
             tensors[name] = TensorStorageMetadata(
                 TensorProperties(dtype=dtype), torch.Size(entry.shape), chunks

@@ -1,5 +1,6 @@
 """What is saved is what is loaded, bit for bit, on any layout, whatever training does meanwhile."""
 
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from coterie.core.box import Box
+from coterie.core.digest import digest
 from coterie.core.errors import UserError
 from coterie.parallel import checkpoint_tensors
 from coterie.parallel.checkpoint import (
@@ -28,7 +28,8 @@ from coterie.parallel.checkpoint import (
     read_state,
     verify,
 )
-from coterie.parallel.checkpoint_format import step_of
+from coterie.parallel.checkpoint_format import STATE, step_of
+from coterie.parallel.part import Part
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -60,9 +61,17 @@ def poisoned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def wholes(tensors: dict[str, Tensor]) -> dict[str, Part]:
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
+
+
+def load_one(path: Path, into: dict[str, Tensor], strict: bool = True) -> None:
+    load_tensors(path, wholes(into), strict=strict)
+
+
 def save_one(folder: Path, step: int, tensors: dict[str, Tensor], **config: Any) -> Path:
     with Checkpointer(folder, CheckpointConfig(**config)) as checkpointer:
-        checkpointer.save(step, tensors, {"step": step})
+        checkpointer.save(step, wholes(tensors), {"step": step})
     return folder / f"step_{step:08d}"
 
 
@@ -87,7 +96,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(
     tensors = {f"t{i}": random_bits(s, d, seed + i) for i, (d, s) in enumerate(specs)}
     path = save_one(tmp_path, seed, tensors)
     into = {name: random_bits(list(x.shape), x.dtype, seed + 99) for name, x in tensors.items()}
-    load_tensors(path, into)
+    load_one(path, into)
     assert all(same_bits(into[name], tensors[name]) for name in tensors)
 
 
@@ -106,7 +115,7 @@ def test_strided_shared_and_scalar_tensors(tmp_path: Path) -> None:
     into = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in tensors.items()}
     into["transposed"] = torch.zeros(6, 4).t()
     into["parameter"] = torch.nn.Parameter(torch.zeros(6, 4))
-    load_tensors(path, into)
+    load_one(path, into)
     assert all(same_bits(into[name].detach(), tensors[name].detach()) for name in tensors)
 
 
@@ -122,30 +131,32 @@ def test_training_may_overwrite_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     weight, state = torch.randn(100), {"seen": [1, 2]}
     expected = weight.clone()
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
-        checkpointer.save(1, {"w": weight}, state)
+        checkpointer.save(1, wholes({"w": weight}), state)
         assert latest(tmp_path) is None  # save() has returned, and nothing is complete
         weight.fill_(-1)
         state["seen"].append(3)
         overwritten.set()
-        checkpointer.save(2, {"w": weight}, state)  # waits for the first; reuses its buffers
+        checkpointer.save(
+            2, wholes({"w": weight}), state
+        )  # waits for the first; reuses its buffers
     into = {"w": torch.zeros(100)}
     first, second = list_checkpoints(tmp_path)
-    load_tensors(first, into)
+    load_one(first, into)
     assert torch.equal(into["w"], expected)
     assert read_state(first) == {"seen": [1, 2]}
-    load_tensors(second, into)
+    load_one(second, into)
     assert torch.equal(into["w"], weight)
 
 
 def test_state_comes_back_and_must_be_json(tmp_path: Path) -> None:
     state = {"lr": 0.1 + 0.2, "big": 2**63, "text": "ä", "none": None, "nested": [{"a": [True]}]}
     with Checkpointer(tmp_path, CheckpointConfig(asynchronous=False)) as checkpointer:
-        checkpointer.save(5, {"w": torch.zeros(1)}, state)
+        checkpointer.save(5, wholes({"w": torch.zeros(1)}), state)
         for wrong in ({1: 2}, {"x": float("nan")}, {"x": (1, 2)}):
             with pytest.raises(ValueError, match=r"JSON"):
-                checkpointer.save(6, {"w": torch.zeros(1)}, wrong)  # type: ignore[arg-type]
+                checkpointer.save(6, wholes({"w": torch.zeros(1)}), wrong)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="complex64"):
-            checkpointer.save(6, {"c": torch.zeros(1, dtype=torch.complex64)}, {})
+            checkpointer.save(6, wholes({"c": torch.zeros(1, dtype=torch.complex64)}), {})
     assert read_state(tmp_path / "step_00000005") == state
     manifest = read_manifest(tmp_path / "step_00000005")
     assert manifest.versions["torch"] == torch.__version__
@@ -156,7 +167,7 @@ def test_state_comes_back_and_must_be_json(tmp_path: Path) -> None:
 def test_keeps_the_newest(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, CheckpointConfig(keep=2)) as checkpointer:
         for step in (5, 10, 15, 100_000_000):
-            checkpointer.save(step, {"w": torch.tensor(step)}, {})
+            checkpointer.save(step, wholes({"w": torch.tensor(step)}), {})
     assert steps_in(tmp_path) == [15, 100_000_000]
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "step_00000015", "step_100000000"}
 
@@ -164,18 +175,18 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 def test_resuming_from_an_earlier_step_leaves_the_later_ones_behind(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, CheckpointConfig(keep=3)) as checkpointer:
         for step in (10, 20, 30):
-            checkpointer.save(step, {"w": torch.tensor(step)}, {})
+            checkpointer.save(step, wholes({"w": torch.tensor(step)}), {})
     save_one(tmp_path, 15, {"w": torch.tensor(15)}, keep=3)
     assert steps_in(tmp_path) == [10, 15]
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, CheckpointConfig(keep=2)) as checkpointer:
-        checkpointer.save(1, {"w": torch.tensor(1)}, {})
-        checkpointer.save(2, {"w": torch.tensor(2)}, {})
+        checkpointer.save(1, wholes({"w": torch.tensor(1)}), {})
+        checkpointer.save(2, wholes({"w": torch.tensor(2)}), {})
         checkpointer.wait()
         (tmp_path / "step_00000002" / "state.json").unlink()
-        checkpointer.save(3, {"w": torch.tensor(3)}, {})
+        checkpointer.save(3, wholes({"w": torch.tensor(3)}), {})
     assert steps_in(tmp_path) == [1, 2, 3]
 
 
@@ -183,7 +194,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_one(tmp_path, 3, {"old": torch.tensor(1)})
     path = save_one(tmp_path, 3, {"new": torch.tensor(2)})
     into = {"new": torch.tensor(0)}
-    load_tensors(path, into)
+    load_one(path, into)
     assert into["new"] == 2
 
 
@@ -218,17 +229,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_untouched(
 ) -> None:
     path = save_one(tmp_path, 1, {"weight": torch.ones(2, 3), "moment": torch.ones(2)})
     with pytest.raises(UserError, match=sentence):
-        load_tensors(path, into)
+        load_one(path, into)
     assert not any(x.any() for x in into.values())
 
 
 def test_weights_alone_can_be_loaded(tmp_path: Path) -> None:
     path = save_one(tmp_path, 1, {"weight": torch.ones(2, 3), "moment": torch.ones(2)})
     into = {"weight": torch.zeros(2, 3)}
-    load_tensors(path, into, strict=False)
+    load_one(path, into, strict=False)
     assert torch.equal(into["weight"], torch.ones(2, 3))
     with pytest.raises(UserError, match="has no tensor 'bias'"):
-        load_tensors(path, {"bias": torch.zeros(1)}, strict=False)
+        load_one(path, {"bias": torch.zeros(1)}, strict=False)
 
 
 # -- layouts ----------------------------------------------------------------------------------
@@ -247,77 +258,96 @@ def whole(seed: int = 0) -> dict[str, Tensor]:
     return {n: random_bits(s, d, seed + i) for i, (n, (s, d)) in enumerate(WHOLE.items())}
 
 
-def sharded(tensors: dict[str, Tensor], mesh: Any, placements: list[Placement]) -> dict[str, Any]:
-    """Each tensor distributed over the mesh, but for one that is replicated, and one plain."""
-    result: dict[str, Any] = dict(tensors)
-    for name in tensors.keys() - {"ids", "mask"}:
-        result[name] = distribute_tensor(tensors[name], mesh, placements, src_data_rank=None)
-    result["mask"] = distribute_tensor(tensors["mask"], mesh, [Replicate()] * mesh.ndim)
-    return result
+def cut(tensors: dict[str, Tensor], world: int, rank: int, seed: int) -> dict[str, Part]:
+    """What ``rank`` holds when each tensor is cut at random into at most as many boxes as there are
+    ranks (some empty, some held by several); "ids" and "mask" are whole on all ranks."""
+    parts = {}
+    for name, tensor in tensors.items():
+        boxes = [Box.all_of(tuple(tensor.shape))]
+        dice = random.Random(f"{name} {seed}")
+        count = 1 if name in {"ids", "mask"} else dice.randint(1, world)
+        while len(boxes) < count:
+            box = boxes.pop(dice.randrange(len(boxes)))
+            dim = dice.randrange(len(box.shape))
+            at = dice.randint(0, box.shape[dim])
+            boxes += [box.cut(dim, range(at)), box.cut(dim, range(at, box.shape[dim]))]
+        box = boxes[(rank + seed) % count]
+        parts[name] = Part(tensor[box.slices], box)
+    return parts
 
 
-def _save_sharded(rank: int, folder: Path) -> list[str]:
-    mesh = init_device_mesh("cpu", (2,))
+def _save_cut(rank: int, folder: Path, world: int, seeds: list[int]) -> None:
+    with Checkpointer(folder, CheckpointConfig(keep=100), dist.new_group()) as checkpointer:
+        for seed in seeds:
+            checkpointer.save(seed, cut(whole(), world, rank, seed), {"of": rank})
+
+
+def _load_cut(rank: int, folder: Path, world: int, seed: int) -> list[str]:
+    """The parts that do not come back, over all checkpoints in ``folder``."""
+    group, wrong = dist.new_group(), []
+    for path in list_checkpoints(folder):
+        into = cut(poisoned(whole()), world, rank, seed)
+        load_tensors(path, into, group)
+        wanted = cut(whole(), world, rank, seed)
+        wrong += [n for n in wanted if not same_bits(into[n].tensor, wanted[n].tensor)]
+    return wrong
+
+
+def test_any_cutting_is_loaded_on_any_other(tmp_path: Path) -> None:
+    world, seeds = 3, list(range(1, 9))
+    run_ranks(world, _save_cut, tmp_path, world, seeds)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == seeds
+    for path in list_checkpoints(tmp_path):
+        verify(path)
+        assert read_state(path) == {"of": 0}
+        assert read_manifest(path).world_size == world
+        into = poisoned(whole())
+        load_one(path, into)
+        assert all(same_bits(into[name], x) for name, x in whole().items()), path
+    assert run_ranks(4, _load_cut, tmp_path, 4, 77) == [[]] * 4
+
+
+def test_the_cutting_of_these_tests_has_empty_and_many_boxes() -> None:
+    cuts = [cut(whole(), 3, rank, seed) for rank in range(3) for seed in range(1, 9)]
+    boxes = [part.box for parts in cuts for part in parts.values()]
+    assert any(box.numel == 0 and 0 not in box.whole for box in boxes)
+    assert any(0 < box.shape[-1] < box.whole[-1] for box in boxes if len(box.whole) > 1)
+
+
+def _save_halves(rank: int, folder: Path) -> None:
+    halves = {
+        name: Part.whole(tensor)
+        if name in {"ids", "mask"}
+        else (lambda box: Part(tensor[box.slices], box))(half(tensor, rank))
+        for name, tensor in whole().items()
+    }
     with Checkpointer(folder, CheckpointConfig(), dist.new_group()) as checkpointer:
-        checkpointer.save(1, sharded(whole(), mesh, [Shard(0)]), {"of": rank})
-    return sorted(read_manifest(folder / "step_00000001").files)
+        checkpointer.save(1, halves, {"of": rank})
 
 
-def _load_sharded(rank: int, path: Path, placements: list[Placement], shape: list[int]) -> bool:
-    mesh = init_device_mesh("cpu", tuple(shape))
-    into = sharded(poisoned(whole()), mesh, placements)
-    load_tensors(path, into, dist.new_group())
-    wanted = sharded(whole(), mesh, placements)
-    local = [
-        (x.to_local(), y.to_local()) if isinstance(x, DTensor) else (x, y)
-        for x, y in ((into[name], wanted[name]) for name in wanted)
-    ]
-    return all(same_bits(x, y) for x, y in local)
+def half(tensor: Tensor, rank: int) -> Box:
+    """Rank 0's or rank 1's rows; the upper half is the larger."""
+    rows = tensor.shape[0]
+    middle = -(-rows // 2)
+    box = Box.all_of(tuple(tensor.shape))
+    return box.cut(0, range(middle) if rank == 0 else range(middle, rows))
 
 
-def test_two_expert_ranks_to_one_process_and_back(tmp_path: Path) -> None:
-    files = run_ranks(2, _save_sharded, tmp_path)[0]
-    assert files == ["rank_00000.safetensors", "rank_00001.safetensors", "state.json"]
-    path = tmp_path / "step_00000001"
-    assert read_state(path) == {"of": 0}
-    manifest = read_manifest(path)
-    assert manifest.world_size == 2
+def test_two_ranks_write_two_files_and_each_chunk_once(tmp_path: Path) -> None:
+    run_ranks(2, _save_halves, tmp_path)
+    manifest = read_manifest(tmp_path / "step_00000001")
+    assert sorted(manifest.files) == ["rank_00000.safetensors", "rank_00001.safetensors", STATE]
     chunks = {name: len(entry.chunks) for name, entry in manifest.tensors.items()}
     assert chunks == {
         "experts.w": 2, "experts.moment": 2, "one": 1, "none": 1, "ids": 1, "mask": 1
     }  # fmt: skip
-    into = poisoned(whole())
-    load_tensors(path, into)
-    assert all(same_bits(into[name], x) for name, x in whole().items())
-
-    back = save_one(tmp_path / "one", 1, into)
-    assert run_ranks(2, _load_sharded, back, [Shard(0)], [2]) == [True, True]
 
 
-def _save_grid(rank: int, folder: Path) -> None:
-    """Three placements on a 2 × 2 mesh, among them FSDP's over tensor parallelism's dimension."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    group = dist.new_group()
-    grids: list[list[Placement]] = [
-        [Shard(0), Shard(1)],
-        [_StridedShard(0, split_factor=2), Shard(0)],
-        [Replicate(), Shard(0)],
-    ]
-    with Checkpointer(folder, CheckpointConfig(), group) as checkpointer:
-        for step, placements in enumerate(grids, start=1):
-            checkpointer.save(step, sharded(whole(), mesh, placements), {})
-
-
-def test_four_ranks_in_a_grid_to_one_two_and_four(tmp_path: Path) -> None:
-    run_ranks(4, _save_grid, tmp_path)
-    for path in list_checkpoints(tmp_path):
-        verify(path)
-        into = poisoned(whole())
-        load_tensors(path, into)
-        assert all(same_bits(into[name], x) for name, x in whole().items()), path
-    first, strided, _ = list_checkpoints(tmp_path)
-    assert all(run_ranks(2, _load_sharded, first, [Shard(0)], [2]))
-    assert all(run_ranks(4, _load_sharded, strided, [Shard(1), Shard(0)], [2, 2]))
+def test_digests_are_those_of_the_whole_tensors_in_every_layout(tmp_path: Path) -> None:
+    run_ranks(2, _save_halves, tmp_path)
+    wanted = {n: f"{digest(x, Box.all_of(tuple(x.shape))):016x}" for n, x in whole().items()}
+    for path in (tmp_path / "step_00000001", save_one(tmp_path / "one", 1, whole())):
+        assert {n: e.digest for n, e in read_manifest(path).tensors.items()} == wanted
 
 
 def _stages(rank: int, folder: Path) -> list[str]:
@@ -325,13 +355,13 @@ def _stages(rank: int, folder: Path) -> list[str]:
     group = dist.new_group()
     mine = {f"layer.{rank}": torch.full((3,), float(rank)), "embedding": torch.ones(2)}
     with Checkpointer(folder, CheckpointConfig(), group) as checkpointer:
-        checkpointer.save(1, mine, {})
+        checkpointer.save(1, wholes(mine), {})
     into = {name: torch.zeros_like(x) for name, x in mine.items()}
-    load_tensors(folder / "step_00000001", into, group)
+    load_tensors(folder / "step_00000001", wholes(into), group)
     assert all(torch.equal(into[name], mine[name]) for name in mine)
     del into["layer.1" if rank else "embedding"]
     try:
-        load_tensors(folder / "step_00000001", into, group)
+        load_tensors(folder / "step_00000001", wholes(into), group)
     except UserError as error:
         return [str(error)]
     return []
@@ -343,9 +373,12 @@ def test_ranks_may_hold_different_layers(tmp_path: Path) -> None:
     assert "holds tensor 'layer.1', which this run does not have" in first[0]
 
 
-def _differing(rank: int, folder: Path) -> str:
+def _refused(rank: int, folder: Path, case: str) -> str:
+    """What saving ``case`` of ``REFUSED`` says on this rank."""
+    shape, offset, fill = REFUSED[case][rank]
+    box = Box((4, 6), offset, shape)
     with Checkpointer(folder, CheckpointConfig(), dist.new_group()) as checkpointer:
-        checkpointer.save(1, {"experts": torch.full((4, 100), float(rank))}, {})
+        checkpointer.save(1, {"experts": Part(torch.full(shape, fill), box)}, {})
         try:
             checkpointer.wait()
         except RuntimeError as error:
@@ -353,7 +386,39 @@ def _differing(rank: int, folder: Path) -> str:
     return "saved"
 
 
-def test_shards_disguised_as_replicas_are_refused(tmp_path: Path) -> None:
-    for message in run_ranks(2, _differing, tmp_path):
-        assert "'experts' differs between ranks 0 and 1" in message
+Place = tuple[tuple[int, int], tuple[int, int], float]
+REFUSED: dict[str, tuple[Place, Place]] = {
+    "'experts' differs between ranks 0 and 1": (((4, 6), (0, 0), 1.0), ((4, 6), (0, 0), 2.0)),
+    "ranks 0 and 1 hold overlapping parts of tensor 'experts'": (
+        ((3, 6), (0, 0), 1.0),
+        ((2, 6), (2, 0), 1.0),
+    ),
+    "shape [4, 6] at [0, 0] and shape [2, 6] at [0, 0]": (
+        ((4, 6), (0, 0), 1.0),
+        ((2, 6), (0, 0), 1.0),
+    ),
+    "no rank holds some of tensor 'experts' of shape [4, 6]": (
+        ((1, 6), (0, 0), 1.0),
+        ((2, 6), (2, 0), 1.0),
+    ),
+    "no rank holds some of tensor 'experts'": (((0, 6), (0, 0), 1.0), ((4, 0), (0, 0), 1.0)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_parts_that_do_not_make_up_the_tensor_are_refused(tmp_path: Path, case: str) -> None:
+    for message in run_ranks(2, _refused, tmp_path, case):
+        assert case in message
     assert list_checkpoints(tmp_path) == []
+
+
+def test_a_part_must_have_the_shape_of_its_box(tmp_path: Path) -> None:
+    wrong = {"w": Part(torch.zeros(2, 3), Box((4, 3), (0, 0), (1, 3)))}
+    with (
+        Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
+        pytest.raises(ValueError, match=r"'w' has shape \[2, 3\], but its box \[1, 3\]"),
+    ):
+        checkpointer.save(1, wrong, {})
+    path = save_one(tmp_path, 1, {"w": torch.zeros(4, 3)})
+    with pytest.raises(ValueError, match="'w' has shape"):
+        load_tensors(path, wrong)

@@ -24,6 +24,7 @@ from coterie.parallel.checkpoint import (
 )
 from coterie.parallel.checkpoint_format import checksum
 from coterie.parallel.checkpoint_store import write_file
+from coterie.parallel.part import Part
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -38,8 +39,12 @@ def newest(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "checkpoints"
     with Checkpointer(folder, CheckpointConfig()) as checkpointer:
         for step in (10, 20):
-            checkpointer.save(step, TENSORS, {"step": step})
+            checkpointer.save(step, wholes(TENSORS), {"step": step})
     return folder / "step_00000020"
+
+
+def wholes(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
 
 
 def flip(path: Path, position: int) -> None:
@@ -50,7 +55,7 @@ def flip(path: Path, position: int) -> None:
 
 def load(path: Path) -> dict[str, torch.Tensor]:
     into = {name: torch.full_like(x, -1) for name, x in TENSORS.items()}
-    load_tensors(path, into)
+    load_tensors(path, wholes(into))
     return into
 
 
@@ -147,9 +152,10 @@ def test_when_no_other_is_good_the_error_says_so(newest: Path) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda e: e.update(version=2), "format version 2, written by a newer coterie"),
+    "newer": (lambda e: e.update(version=3), "format version 3, written by a newer coterie"),
+    "older": (lambda e: e.update(version=1), "format version 1, written by an older coterie"),
     "never": (lambda e: e.update(version=0), "format version 0, which never existed"),
-    "text": (lambda e: e.update(version="1"), "is not a manifest"),
+    "text": (lambda e: e.update(version="2"), "is not a manifest"),
     "other": (lambda e: e.update(format="zip"), "is not a manifest"),
     "step": (lambda e: e["manifest"].update(step=21), "is of step 21, not 20"),
     "extra": (lambda e: e["manifest"].update(evil=1), "evil"),
@@ -166,6 +172,13 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda e: e["manifest"]["tensors"]["w"]["chunks"][0].update(offset=[1, 0]),
         "places a chunk of tensor 'w' wrongly",
     ),
+    "twice": (
+        lambda e: e["manifest"]["tensors"]["w"]["chunks"].__setitem__(
+            slice(None), 2 * [{"file": RANK_FILE, "offset": [0, 0], "shape": [3, 2]}]
+        ),
+        "the chunks of tensor 'w' in manifest.json do not cover it",
+    ),
+    "digest": (lambda e: e["manifest"]["tensors"]["w"].update(digest="12"), "tensors.w.digest"),
     "file": (
         lambda e: e["manifest"]["tensors"]["w"]["chunks"][0].update(file="passwd"),
         "places a chunk of tensor 'w' wrongly",
@@ -287,7 +300,7 @@ def _save(rank: int, folder: Path) -> None:
     with Checkpointer(folder, CheckpointConfig(), dist.new_group()) as checkpointer:
         for step in (1, 2):
             tensors = {f"w{i}": torch.full((10,), float(step)) for i in range(4)}
-            checkpointer.save(step, tensors, {})
+            checkpointer.save(step, wholes(tensors), {})
 
 
 def _load(rank: int, path: Path) -> str:
@@ -295,7 +308,7 @@ def _load(rank: int, path: Path) -> str:
     if rank == 1 and path.name.endswith("1"):
         into["w0"] = torch.zeros(11)
     try:
-        load_tensors(path, into, dist.new_group())
+        load_tensors(path, wholes(into), dist.new_group())
     except UserError as error:
         assert not any(x.any() for x in into.values())
         return str(error)

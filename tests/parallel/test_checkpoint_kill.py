@@ -16,8 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from coterie.core.errors import UserError
 from coterie.core.random import generator
@@ -31,9 +29,14 @@ from coterie.parallel.checkpoint import (
     verify,
 )
 from coterie.parallel.checkpoint_format import step_of
+from coterie.parallel.part import Part
 from tests.distributed import RankFailure, Ranks, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def wholes(tensors: dict[str, Tensor]) -> dict[str, Part]:
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
@@ -52,7 +55,7 @@ def check(path: Path) -> int:
     step = step_of(path)
     wanted = tensors_of(step)
     into = {name: torch.zeros_like(x) for name, x in wanted.items()}
-    load_tensors(path, into)
+    load_tensors(path, wholes(into))
     assert all(torch.equal(into[name], x) for name, x in wanted.items())
     assert read_state(path) == {"step": step}
     return step
@@ -82,7 +85,7 @@ def _die_at_event(rank: int, folder: Path, step: int, deadly: int) -> int:
     os.fsync = lambda descriptor: (count("open", ()), fsync(descriptor))[1]  # type: ignore[assignment]
     with Checkpointer(folder, CheckpointConfig(keep=1, asynchronous=False)) as checkpointer:
         sys.addaudithook(count)
-        checkpointer.save(step, tensors_of(step), {"step": step})
+        checkpointer.save(step, wholes(tensors_of(step)), {"step": step})
     watching = False
     return seen
 
@@ -90,7 +93,7 @@ def _die_at_event(rank: int, folder: Path, step: int, deadly: int) -> int:
 @pytest.mark.parametrize("step", [2, 1], ids=["the-next-step", "the-same-step-again"])
 def test_killed_at_every_system_call_of_a_save(tmp_path: Path, step: int) -> None:
     with Checkpointer(tmp_path / "before", CheckpointConfig()) as checkpointer:
-        checkpointer.save(1, tensors_of(1), {"step": 1})
+        checkpointer.save(1, wholes(tensors_of(1)), {"step": 1})
     steps = []
     for deadly in range(1, 100):
         folder = tmp_path / f"killed_at_{deadly}"
@@ -112,16 +115,16 @@ def test_killed_at_every_system_call_of_a_save(tmp_path: Path, step: int) -> Non
 
 
 def _save_on_and_on(rank: int, folder: Path, pipe: Path) -> None:
-    mesh = init_device_mesh("cpu", (2,))
     with Checkpointer(folder, CheckpointConfig(keep=2), dist.new_group()) as checkpointer:
         newest = latest(folder)
         step = 0 if newest is None else step_of(newest)
         started = os.open(pipe, os.O_WRONLY)
         while True:
             step += 1
-            tensors = tensors_of(step)
-            tensors["experts"] = distribute_tensor(tensors["experts"], mesh, [Shard(0)])
-            checkpointer.save(step, tensors, {"step": step})
+            parts = wholes(tensors_of(step))
+            box = parts["experts"].box.cut(0, range(2 * rank, 2 * rank + 2))
+            parts["experts"] = Part(parts["experts"].tensor[box.slices], box)
+            checkpointer.save(step, parts, {"step": step})
             if rank == 0:
                 os.write(started, b".")
 
@@ -228,30 +231,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk(small_disk: Path) -> None:
     folder = small_disk / "checkpoints"
     with Checkpointer(folder, CheckpointConfig(keep=2)) as checkpointer:
-        checkpointer.save(1, tensors_of(1), {"step": 1})
-        checkpointer.save(2, {"large": torch.zeros(2**19)}, {"step": 2})
+        checkpointer.save(1, wholes(tensors_of(1)), {"step": 1})
+        checkpointer.save(2, wholes({"large": torch.zeros(2**19)}), {"step": 2})
         with pytest.raises(UserError) as error:
-            checkpointer.save(3, tensors_of(3), {"step": 3})
+            checkpointer.save(3, wholes(tensors_of(3)), {"step": 3})
         assert "step 2 could not be written to" in str(error.value)
         assert "No space left on device" in str(error.value)
         assert f"the last complete one is {folder / 'step_00000001'}" in str(error.value)
         assert hidden(folder) == []  # the space is free again
         assert [check(path) for path in list_checkpoints(folder)] == [1]
-        checkpointer.save(3, tensors_of(3), {"step": 3})
+        checkpointer.save(3, wholes(tensors_of(3)), {"step": 3})
     assert [check(path) for path in list_checkpoints(folder)] == [1, 3]
 
 
 def test_disk_full_for_the_state_or_the_manifest_only(small_disk: Path) -> None:
     folder = small_disk / "checkpoints"
     with Checkpointer(folder, CheckpointConfig(asynchronous=False)) as checkpointer:
-        checkpointer.save(1, tensors_of(1), {"step": 1})
+        checkpointer.save(1, wholes(tensors_of(1)), {"step": 1})
         with pytest.raises(UserError, match="No space left on device"):
-            checkpointer.save(2, tensors_of(2), {"text": "x" * 2**20})
+            checkpointer.save(2, wholes(tensors_of(2)), {"text": "x" * 2**20})
         many = {
             f"a name that fills the manifest and the file {i}": torch.zeros(1) for i in range(3000)
         }
         with pytest.raises(UserError, match="No space left on device"):
-            checkpointer.save(3, many, {"step": 3})
+            checkpointer.save(3, wholes(many), {"step": 3})
     assert [check(path) for path in list_checkpoints(folder)] == [1]
 
 
@@ -260,14 +263,14 @@ def _fill_from_rank_1(rank: int, folder: Path) -> list[str]:
     filled it would fail as well."""
     messages = []
     with Checkpointer(folder, CheckpointConfig(), dist.new_group()) as checkpointer:
-        checkpointer.save(1, tensors_of(1), {"step": 1})
+        checkpointer.save(1, wholes(tensors_of(1)), {"step": 1})
         mine = {"large": torch.zeros(2**19)} if rank == 1 else {}
-        checkpointer.save(2, mine, {})
+        checkpointer.save(2, wholes(mine), {})
         try:
             checkpointer.wait()
         except UserError as error:
             messages.append(str(error))
-        checkpointer.save(3, tensors_of(3), {"step": 3})
+        checkpointer.save(3, wholes(tensors_of(3)), {"step": 3})
     return messages
 
 
@@ -280,12 +283,12 @@ def test_disk_full_for_one_rank_of_two(small_disk: Path) -> None:
 
 def test_read_only_disk(small_disk: Path) -> None:
     with Checkpointer(small_disk, CheckpointConfig(asynchronous=False)) as checkpointer:
-        checkpointer.save(1, tensors_of(1), {"step": 1})
+        checkpointer.save(1, wholes(tensors_of(1)), {"step": 1})
         remount = ["mount", "-o", "remount,ro,size=1M", str(small_disk)]
         checkpointer.close()
         subprocess.run(remount, check=True)
         with pytest.raises(UserError, match=r"could not be written to .*Read-only file system"):
-            checkpointer.save(2, tensors_of(2), {"step": 2})
+            checkpointer.save(2, wholes(tensors_of(2)), {"step": 2})
     with pytest.raises(UserError, match=r"cannot write checkpoints to .*: Read-only file system"):
         Checkpointer(small_disk, CheckpointConfig())
     assert [check(path) for path in list_checkpoints(small_disk)] == [1]
