@@ -16,7 +16,7 @@ from coterie.launch.training import CHECKPOINTS, choose_checkpoint
 from coterie.parallel.checkpoint import load_tensors, read_state
 from coterie.parallel.distributed import start, world_from_environment
 from coterie.parallel.evaluate import evaluate as held_out_loss
-from coterie.parallel.layout import Layout
+from coterie.parallel.layout import Layout, LayoutConfig
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision, resolve
 from coterie.parallel.run_state import model_parts
@@ -54,7 +54,8 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
             f"{train.path} has {train.fingerprint[:16]}: its held-out part may be "
             "training data; bring back the dataset (the built-in one depends on Python's version)"
         )
-    model = build_model(config, ranks)
+    alone = config.model_copy(update={"parallel": LayoutConfig()})
+    model = build_model(alone, ranks)
     load_tensors(checkpoint, model_parts(model), strict=False)
     return Loaded(model, train, held_out, checkpoint)
 

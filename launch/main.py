@@ -9,7 +9,15 @@ import sys
 import typer
 
 from coterie.core.errors import UserError
-from coterie.launch import child, config_commands, data_commands, doctor, membership, run_commands
+from coterie.launch import (
+    certify_command,
+    child,
+    config_commands,
+    data_commands,
+    doctor,
+    membership,
+    run_commands,
+)
 
 app = typer.Typer(
     help="Train mixture-of-experts models: every command explains itself with --help.",
@@ -19,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 run_commands.add_to(app)
+certify_command.add_to(app)
 data_commands.add_to(app)
 config_commands.add_to(app)
 doctor.add_to(app)

@@ -40,9 +40,9 @@ Processes = Annotated[
         "--nproc",
         min=1,
         metavar="N",
-        help="Processes to start on this machine. Without it: one for each GPU; on a CPU as many "
-        "as parallel.ep; when resuming, as many as before. Not under torchrun or srun, which "
-        "start them.",
+        help="Processes to start on this machine. Without it: one for each GPU; on a CPU as few "
+        "as `parallel` can have; when resuming, as many as before. Not under torchrun or srun, "
+        "which start them.",
         show_default=False,
     ),
 ]
@@ -201,10 +201,11 @@ def _membership(nproc: int | None) -> membership.Membership | None:
 
 
 def _default_world(config: "RunConfig") -> int:
-    """One process for each GPU, or as many as fit the config; on a CPU `parallel.ep`."""
+    """One process for each GPU, or as many as fit the config; on a CPU as few as can be."""
     import torch
 
     from coterie.launch.check import check_world
+    from coterie.parallel.rules import smallest_world
 
     for world in range(torch.cuda.device_count(), 0, -1):
         try:
@@ -212,7 +213,7 @@ def _default_world(config: "RunConfig") -> int:
         except UserError:
             continue
         return world
-    return torch.cuda.device_count() or config.parallel.ep
+    return torch.cuda.device_count() or smallest_world(config.parallel)
 
 
 def _world(config: "RunConfig", ours: membership.Membership | None, wanted: int) -> int:

@@ -20,7 +20,14 @@ from coterie.models.placement import parameter_counts
 from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
-from coterie.parallel.monitors import JsonLines, Monitor, RunFacts, TensorBoard, Terminal
+from coterie.parallel.monitors import (
+    Certificates,
+    JsonLines,
+    Monitor,
+    RunFacts,
+    TensorBoard,
+    Terminal,
+)
 from coterie.parallel.precision import bf16_slowdown, resolve
 from coterie.parallel.trainer import DrawImages, Outcome, Trainer
 
@@ -88,7 +95,12 @@ class _Attached(Monitor):
 
 def _monitors(config: RunConfig) -> list[Monitor]:
     every = config.monitor.every
-    return [Terminal(), JsonLines(every), TensorBoard(every, config.monitor.heat_map_every)]
+    return [
+        Terminal(),
+        JsonLines(every),
+        TensorBoard(every, config.monitor.heat_map_every),
+        Certificates(),
+    ]
 
 
 def _say(monitors: list[Monitor], text: str) -> None:

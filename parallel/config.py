@@ -24,11 +24,14 @@ class TrainConfig(Config):
     """bf16: matrix products in bfloat16 (autocast), weights in float32. auto: bf16 on CUDA, fp32
     on a CPU."""
     recompute: Recompute = "none"
-    """What the backward pass computes again rather than keeps. `selective`: attention weights and
-    the hidden activations of feed-forward layers and experts; nothing is sent twice. `full`: all
-    but each block's input."""
+    """What the backward pass computes again rather than keeps. `selective`: the hidden activations
+    of feed-forward layers and experts; nothing is sent twice. `full`: all but each block's
+    input."""
     seed: int = Field(default=0, ge=0)
     """Of weights, sample order and routing noise."""
+    certify_every: int = Field(default=0, ge=0)
+    """Steps between certificates: hashes of weights, optimizer, random numbers and sample ids, for
+    `coterie certify`. 0: with each checkpoint alone."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds that a rank waits for another in a collective before the run ends with an error."""
 

@@ -1,6 +1,7 @@
 """Which layouts are possible: each rule with its sentence, and the nearest layouts that work."""
 
 from collections.abc import Iterator
+from math import lcm
 
 from coterie.core.errors import UserError
 from coterie.models import DecoderConfig
@@ -27,6 +28,14 @@ def blocks_of_stages(config: LayoutConfig, layers: int) -> tuple[range, ...]:
     sizes = config.stages or stage_blocks(layers, config.pp * config.vpp)
     ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def smallest_world(config: LayoutConfig) -> int:
+    """The fewest processes that ``config`` can have."""
+    stage = config.tp * config.cp * config.dp_shard * (config.dp_replicate or 1)
+    if config.dp_replicate is None:
+        stage = lcm(stage, config.ep * config.etp)
+    return config.pp * stage
 
 
 def schedule_of(config: LayoutConfig) -> Schedule:

@@ -23,7 +23,9 @@ def optimizer_parts(model: ParallelModel, optimizer: Optimizer) -> dict[str, Par
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter)
-        parts[f"optimizer.{name}.step"] = Part.whole(state["step"], model.places[name].owner)
+        place = model.places[name]
+        first = place.owner and not any(place.box.offset)  # each part has a count, all are equal
+        parts[f"optimizer.{name}.step"] = Part.whole(state["step"], first)
         for moment in MOMENTS:
             parts[f"optimizer.{name}.{moment}"] = model.part(name, state[moment])
     return parts

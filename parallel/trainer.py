@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.core.errors import UserError
-from coterie.data import Sampler, TokenDataset
+from coterie.data import Batch, Sampler, TokenDataset
+from coterie.parallel.certificate import certificate
 from coterie.parallel.checkpoint import Checkpointer, load_tensors, read_state
 from coterie.parallel.config import EvaluationConfig, TrainConfig
 from coterie.parallel.evaluate import evaluate
@@ -75,6 +76,8 @@ class Trainer:
         self.precision = resolve(train.precision, self.ranks.device)
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.history = [self.ranks.layout.describe()]
+        """The layouts so far, each but the first with the step after which it took over."""
         self._saved = 0
         self._folder = checkpointer.folder
 
@@ -84,6 +87,10 @@ class Trainer:
         load_tensors(checkpoint, self._parts(), self.ranks.control)
         self.sampler.load_state_dict(state["sampler"])
         self.step = self._saved = self.sampler.consumed
+        self.history = list(state["history"])
+        now = self.ranks.layout.describe()
+        if self.history[-1].split(" after step ")[0] != now:
+            self.history.append(f"{now} after step {self.step}")
 
     def run(self, folder: Path) -> Outcome:
         """Train to the last step, reporting into ``folder``.
@@ -112,34 +119,35 @@ class Trainer:
 
     def _advance(self, stop: bool) -> StepReport:
         """One step, and what is due after it."""
-        self._set_learning_rate()
-        report = self._train_step(stop)
+        self.optimizer.lr = learning_rate(self.step, self.train.steps, self.optimizer_config)
+        batches = self._batches()
+        report = self._train_step(batches, stop)
         self.step += 1
         self.sampler.consumed = self.step
         last = self.step == self.train.steps
         self._tell(lambda monitor: monitor.step(report))
+        saves = last or self.checkpointer.due(self.step)
+        if saves or (self.train.certify_every and self.step % self.train.certify_every == 0):
+            self._certify(batches)
         if last or (self.evaluation.every and self.step % self.evaluation.every == 0):
             self._evaluate()
-        if last or self.checkpointer.due(self.step):
+        if saves:
             self._save()
         return report
 
-    def _train_step(self, stop: bool) -> StepReport:
-        parts = self.train.accumulation
-        batches = [
-            self.sampler.batch(self.step, micro, parts, self.ranks.place.dp, self.ranks.layout.dp)
+    def _batches(self) -> list[Batch]:
+        """The micro-batches of this rank's part of the next global batch."""
+        parts, dp = self.train.accumulation, self.ranks.layout.dp
+        batches = (
+            self.sampler.batch(self.step, micro, parts, self.ranks.place.dp, dp)
             for micro in range(parts)
-        ]
+        )
+        return [batch.to(self.ranks.device) for batch in batches]
+
+    def _train_step(self, batches: list[Batch], stop: bool) -> StepReport:
         settings = StepSettings(self.precision, self.optimizer_config.clip, self.train.seed)
         try:
-            return train_step(
-                self.model,
-                self.optimizer,
-                [batch.to(self.ranks.device) for batch in batches],
-                self.step + 1,
-                settings,
-                stop,
-            )
+            return train_step(self.model, self.optimizer, batches, self.step + 1, settings, stop)
         except NonFiniteError as error:
             self.checkpointer.wait()
             good = f"step {self._saved}" if self._saved else "none was saved yet"
@@ -147,8 +155,16 @@ class Trainer:
                 f"{error}; the last good checkpoint in {self.checkpointer.folder}: {good}"
             ) from None
 
-    def _set_learning_rate(self) -> None:
-        self.optimizer.lr = learning_rate(self.step, self.train.steps, self.optimizer_config)
+    def _certify(self, batches: list[Batch]) -> None:
+        found = certificate(
+            self.step,
+            self.model,
+            self.optimizer,
+            batches,
+            self.train.seed,
+            "; ".join(self.history),
+        )
+        self._tell(lambda monitor: monitor.certificate(found))
 
     def _evaluate(self) -> None:
         self.metrics = evaluate(
@@ -164,7 +180,12 @@ class Trainer:
             self._tell(lambda monitor: monitor.images(self.step, images))
 
     def _save(self) -> None:
-        state = {**self.state, "step": self.step, "sampler": self.sampler.state_dict()}
+        state = {
+            **self.state,
+            "step": self.step,
+            "history": self.history,
+            "sampler": self.sampler.state_dict(),
+        }
         self.checkpointer.save(self.step, self._parts(), state)
         self._saved = self.step
 

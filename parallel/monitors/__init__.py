@@ -1,8 +1,9 @@
 """What a run reports, and to whom."""
 
 from coterie.parallel.monitors.base import Monitor, RunFacts
+from coterie.parallel.monitors.certificates import Certificates
 from coterie.parallel.monitors.jsonl import JsonLines
 from coterie.parallel.monitors.tensorboard import TensorBoard
 from coterie.parallel.monitors.terminal import Terminal
 
-__all__ = ["JsonLines", "Monitor", "RunFacts", "TensorBoard", "Terminal"]
+__all__ = ["Certificates", "JsonLines", "Monitor", "RunFacts", "TensorBoard", "Terminal"]

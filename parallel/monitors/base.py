@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from coterie.parallel.certificate import Certificate
 from coterie.parallel.step import StepReport
 
 
@@ -30,6 +31,9 @@ class Monitor:
 
     def step(self, report: StepReport) -> None:
         """A step was taken."""
+
+    def certificate(self, certificate: Certificate) -> None:
+        """The hashes of the step just taken."""
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Held-out losses after ``step``."""
