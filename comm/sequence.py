@@ -11,6 +11,10 @@ from torch import Tensor
 
 from coterie.comm.axis import Axis
 
+# torch 2.13 renamed them, and warns of the names that 2.11 has
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def context_positions(length: int, cp: Axis, device: torch.device | None = None) -> Tensor:
     """int64 positions of a sequence that context-parallel rank ``cp`` holds, in its order.
@@ -82,12 +86,12 @@ class _ReduceScatter(torch.autograd.Function):
 def _gathered(x: Tensor, dim: int, axis: Axis) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(axis.size, *x.shape)
-    dist.all_gather_into_tensor(y.flatten(0, 1), x, group=axis.group)
+    _all_gather(y.flatten(0, 1), x, group=axis.group)
     return y.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _scattered_sum(x: Tensor, dim: int, axis: Axis) -> Tensor:
     parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     y = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(y, parts.flatten(0, 1), group=axis.group)
+    _reduce_scatter(y, parts.flatten(0, 1), group=axis.group)
     return y
