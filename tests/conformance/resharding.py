@@ -1,0 +1,122 @@
+"""One rank of a run that is saved on one layout and goes on on another."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.launch.config import RunConfig
+from coterie.parallel.checkpoint import Checkpointer, load_tensors
+from coterie.parallel.checkpoint_format import folder_name
+from coterie.parallel.distributed import Ranks
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.optimizer import Optimizer, learning_rate
+from coterie.parallel.part import Part
+from coterie.parallel.run_state import model_parts, optimizer_parts
+from coterie.parallel.step import StepSettings, train_step
+from tests.conformance.case import Result, config_of, sampler_of
+from tests.conformance.worker import error_of, model_of, ranks_of
+
+BEFORE, AFTER = 2, 3
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp 4": {},
+    "ep 4": {"ep": 4},
+    "dp_shard 4, ep 2": {"dp_shard": 4, "ep": 2},
+    "dp_shard 2, cp 2, etp 2": {"dp_shard": 2, "cp": 2, "etp": 2},
+    "tp 2, pp 2": {"tp": 2, "pp": 2},
+    "tp 4, ep 2, etp 2": {"tp": 4, "ep": 2, "etp": 2},
+    "pp 4, uneven": {"pp": 4, "stages": (0, 3, 2, 1)},
+    "pp 2, zbv, ep 2": {"pp": 2, "vpp": 2, "schedule": "zbv", "ep": 2},
+}
+
+
+def longer(data: Path, parallel: dict[str, Any]) -> RunConfig:
+    """The case, over as many steps as there are before and after."""
+    config = config_of(data, parallel)
+    train = config.train.model_copy(update={"steps": BEFORE + AFTER})
+    return config.model_copy(update={"train": train})
+
+
+class Run:
+    """Model, optimizer and data of one layout."""
+
+    def __init__(self, data: Path, parallel: dict[str, Any], world: int) -> None:
+        self.config = longer(data, parallel)
+        self.ranks: Ranks = ranks_of(self.config, world)
+        self.model: ParallelModel = model_of(self.config, self.ranks)
+        self.optimizer = Optimizer(self.model, self.config.optimizer)
+        self.sampler = sampler_of(self.config)
+
+    def steps(self, first: int, count: int) -> list[tuple[float, float]]:
+        """Loss and gradient norm of each."""
+        train, place, layout = self.config.train, self.ranks.place, self.ranks.layout
+        settings = StepSettings("fp64", self.config.optimizer.clip, train.seed)
+        seen = []
+        for number in range(first, first + count):
+            self.optimizer.lr = learning_rate(number, train.steps, self.config.optimizer)
+            batches = [
+                self.sampler.batch(number, micro, train.accumulation, place.dp, layout.dp)
+                for micro in range(train.accumulation)
+            ]
+            report = train_step(self.model, self.optimizer, batches, number + 1, settings)
+            seen.append((report.loss, report.grad_norm))
+        return seen
+
+    def parts(self) -> dict[str, Part]:
+        return {**model_parts(self.model), **optimizer_parts(self.model, self.optimizer)}
+
+    def save(self, folder: Path) -> None:
+        with Checkpointer(folder, self.config.checkpoint, self.ranks.saving) as checkpointer:
+            checkpointer.save(BEFORE, self.parts(), {})
+
+    def load(self, folder: Path) -> None:
+        load_tensors(folder / folder_name(BEFORE), self.parts(), self.ranks.control)
+
+    def bits(self) -> dict[str, Tensor]:
+        return {name: part.tensor.clone() for name, part in self.parts().items()}
+
+
+def on_rank(
+    rank: int, world: int, data: Path, folder: Path, truth: Path
+) -> dict[tuple[str, str], dict[str, float]]:
+    """By (saved on, loaded on): errors of the steps after, and elements that a way there and back
+    changed."""
+    expected: list[Result] = torch.load(truth)
+    originals: dict[str, dict[str, Tensor]] = {}
+    for name, parallel in LAYOUTS.items():
+        run = Run(data, parallel, world)
+        run.steps(0, BEFORE)
+        run.save(folder / name)
+        originals[name] = run.bits()
+
+    found = {}
+    for saved in LAYOUTS:
+        for loaded, parallel in LAYOUTS.items():
+            run = Run(data, parallel, world)
+            run.load(folder / saved)
+            there = folder / f"{saved} by {loaded}"
+            run.save(there)
+            back = Run(data, LAYOUTS[saved], world)
+            back.load(there)
+            changed = [
+                name
+                for name, bits in back.bits().items()
+                if not torch.equal(bits, originals[saved][name])
+            ]
+            errors = _errors(run, expected)
+            found[saved, loaded] = {**errors, "changed": float(len(changed))}
+    return found
+
+
+def _errors(run: Run, expected: list[Result]) -> dict[str, float]:
+    worst = {"loss": 0.0, "norm": 0.0, "weights": 0.0}
+    for (loss, norm), right in zip(run.steps(BEFORE, AFTER), expected[BEFORE:], strict=True):
+        numbers = right["numbers"]
+        worst["loss"] = max(worst["loss"], abs(loss / numbers["loss"] - 1))
+        worst["norm"] = max(worst["norm"], abs(norm / numbers["norm"] - 1))
+    for name, parameter in run.model.named():
+        part, whole = run.model.part(name, parameter), expected[-1]["weights"][name]
+        error = error_of(part.tensor, whole[part.box.slices], whole)
+        worst["weights"] = max(worst["weights"], error)
+    return worst
