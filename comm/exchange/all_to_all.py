@@ -73,9 +73,8 @@ class AllToAllExchange:
 
         def there_and_back(x_TD: Tensor) -> Tensor:
             # sorted by expert, hence by the rank that holds it
-            sent_AD = permute(x_TD, token_A, inverse)
-            y_AD = _compute(all_to_all_rows(sent_AD, out_R, in_R, self.group), in_SE, experts)
-            return all_to_all_rows(y_AD, in_R, out_R, self.group)
+            received_AD = all_to_all_rows(permute(x_TD, token_A, inverse), out_R, in_R, self.group)
+            return all_to_all_rows(_compute(received_AD, in_SE, experts), in_R, out_R, self.group)
 
         if again:
             returned_AD = checkpoint(there_and_back, x_TD, use_reentrant=False)
@@ -86,9 +85,9 @@ class AllToAllExchange:
 
 def _gather(load_E: Tensor, group: ProcessGroup) -> Tensor:
     """int64 rows from each source rank for each expert, the same on all ranks."""
-    load_SE = load_E.new_empty(group.size() * load_E.numel())
-    dist.all_gather_into_tensor(load_SE, load_E.contiguous(), group=group)
-    return load_SE.view(group.size(), -1)
+    load_SE = load_E.new_empty(group.size(), load_E.numel())
+    dist.all_gather(list(load_SE), load_E.contiguous(), group=group)
+    return load_SE
 
 
 def _compute(received_AD: Tensor, in_SE: Tensor, experts: ExpertFunction) -> Tensor:
