@@ -44,11 +44,11 @@ class Stack:
     """Layers of experts, and the tokens of each rank."""
 
     layers: int = 4
-    D: int = 256
-    F: int = 512
+    D: int = 128
+    F: int = 256
     E: int = 16
     K: int = 2
-    T: int = 1024
+    T: int = 512
 
     def flops(self, skew: float, factor: float | None) -> float:
         """Of the busiest rank in one step; a recomputed row passes forward twice."""
