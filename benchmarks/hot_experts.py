@@ -2,9 +2,9 @@
 
     python benchmarks/hot_experts.py [--rounds 3] [--json benchmarks/results/hot_experts.json]
 
-Skew is the busiest rank's rows over the mean. A stack of expert layers (residual, no attention) goes
-forward and backward, each skew without a bound on rows and with several, in turn. Printed for the
-busiest rank, rank 0: its rows in a layer; peak bytes of tensors, weights not counted and their
+Skew is the busiest rank's rows over the mean. A stack of expert layers (residual, no attention)
+goes forward and backward, each skew without a bound on rows and with several, in turn. Printed for
+the busiest rank, rank 0: its rows in a layer; peak bytes of tensors, weights not counted and their
 gradients counted; CPU seconds of its own thread, medians (the processes share few cores, so that
 time on the clock would show the sum of all ranks); and the work by arithmetic. Ratios are to skew 1
 without a bound.
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.layer import machine
 from benchmarks.memory import peak_bytes
+from coterie.comm.axis import Axis
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.moe.assignment import Assignment, from_choices
 from coterie.moe.experts import Experts, ExpertsConfig
@@ -64,7 +66,9 @@ class Layers(nn.Module):
     def __init__(self, stack: Stack, rank: int) -> None:
         super().__init__()
         config = ExpertsConfig(count=stack.E, hidden=stack.F)
-        self.experts = nn.ModuleList(Experts(stack.D, config, rank, R) for _ in range(stack.layers))
+        self.experts = nn.ModuleList(
+            Experts(stack.D, config, Axis("ep", rank, R)) for _ in range(stack.layers)
+        )
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
@@ -103,9 +107,7 @@ def on_rank(rank: int, stack: Stack, rounds: int) -> dict[tuple[float, float | N
                 layers.zero_grad(set_to_none=True)
                 dist.barrier(group)
 
-                def step() -> None:
-                    layers(x_TD, assignment, exchange).backward(dy_TD)
-
+                step = partial(run, layers, x_TD, assignment, exchange, dy_TD)
                 seen = results.setdefault((skew, factor), {"seconds": []})
                 if number == 0:
                     seen["peak"] = peak_bytes(step)
@@ -115,6 +117,13 @@ def on_rank(rank: int, stack: Stack, rounds: int) -> dict[tuple[float, float | N
                     step()
                     seen["seconds"].append(time.thread_time() - start)
     return results
+
+
+def run(
+    layers: Layers, x_TD: Tensor, assignment: Assignment, exchange: AllToAllExchange, dy_TD: Tensor
+) -> None:
+    """Forward and backward."""
+    layers(x_TD, assignment, exchange).backward(dy_TD)
 
 
 def received(assignment: Assignment, rank: int, stack: Stack) -> int:
@@ -154,8 +163,8 @@ def summarise(
 
 def show(stack: Stack, lines: list[dict[str, Any]]) -> None:
     table = Table(
-        title=f"busiest of {R} ranks; {stack.layers} layers, D {stack.D}, F {stack.F}, E {stack.E}, "
-        f"T·k {stack.T * stack.K} a rank"
+        title=f"busiest of {R} ranks; {stack.layers} layers, D {stack.D}, F {stack.F}, "
+        f"E {stack.E}, T·k {stack.T * stack.K} a rank"
     )
     for heading in ("skew", "bound", "rows", "peak MB", "peak ×", "CPU s", "CPU ×", "work ×"):
         table.add_column(heading, justify="right")

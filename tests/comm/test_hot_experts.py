@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import peak_bytes
+from coterie.comm.axis import Axis
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.moe.assignment import from_choices
 from coterie.moe.experts import Experts, ExpertsConfig
@@ -66,7 +67,9 @@ def step(
     """Outputs and gradients of one pass, and the rows of each call of the experts."""
     skew, tokens = CASES[case]
     local = 2
-    experts = Experts(D, ExpertsConfig(count=world * local, hidden=5), rank, world).double()
+    experts = Experts(
+        D, ExpertsConfig(count=world * local, hidden=5), Axis("ep", rank, world)
+    ).double()
     randomise(experts, seed=rank)
     recorder = Recorder(experts)
     router = randn(D, K, seed=7).requires_grad_()
@@ -147,7 +150,9 @@ def peaks(rank: int, world: int, layers: int, recompute: bool) -> dict[tuple[flo
     assert group is not None
     width, tokens = 64, 512
     config = ExpertsConfig(count=world, hidden=128)
-    stack = [Experts(width, config, rank, world, recompute) for _ in range(layers)]
+    stack = [
+        Experts(width, config, Axis("ep", rank, world), recompute=recompute) for _ in range(layers)
+    ]
     for experts in stack:
         randomise(experts)
 
