@@ -26,17 +26,24 @@ class Experts(nn.Module):
     the slice of the hidden width that ``etp`` gives it.
 
     ``w_in_EPFD``: P = 2 for SwiGLU, gate then up, else 1. ``w_out_EFD``. E and F count local ones.
-    A sliced expert's output is its part of the sum over slices.
+    A sliced expert's output is its part of the sum over slices. ``recompute``: keep only the rows,
+    and compute hidden activations again in the backward pass.
     """
 
     def __init__(
-        self, width: int, config: ExpertsConfig, ep: Axis = Axis("ep"), etp: Axis = Axis("etp")
+        self,
+        width: int,
+        config: ExpertsConfig,
+        ep: Axis = Axis("ep"),
+        etp: Axis = Axis("etp"),
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         for what, count, axis in (("experts", config.count, ep), ("hidden", config.hidden, etp)):
             if count % axis.size:
                 raise ValueError(f"{what} {count} does not divide over {axis.size} ranks")
         self.activation = config.activation
+        self.recompute = recompute
         mine = ep.part(config.count)
         self.first = mine.start
         """Global id of the first local expert."""
@@ -56,4 +63,4 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_AD.device.type):
             half = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, w_in_EHD, w_out_EFD = x_AD.to(half), w_in_EHD.to(half), w_out_EFD.to(half)
-        return grouped_ffn(x_AD, w_in_EHD, w_out_EFD, load_E, self.activation)
+        return grouped_ffn(x_AD, w_in_EHD, w_out_EFD, load_E, self.activation, self.recompute)

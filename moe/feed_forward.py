@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.axis import Axis, Cut
 from coterie.comm.sequence import gather, reduce_scatter
@@ -24,11 +25,19 @@ class FeedForward(nn.Module):
     """y = act(x · w_inᵀ) · w_out, without biases. ``w_in_PFD``: gate then up for SwiGLU (P = 2).
 
     ``tp`` splits the hidden width F (Megatron-LM, arXiv 1909.08053, §3); each of its ranks has
-    tokens of its own before and after.
+    tokens of its own before and after. ``recompute``: keep only the tokens, and compute the hidden
+    activations again in the backward pass.
     """
 
-    def __init__(self, width: int, config: FeedForwardConfig, tp: Axis = Axis("tp")) -> None:
+    def __init__(
+        self,
+        width: int,
+        config: FeedForwardConfig,
+        tp: Axis = Axis("tp"),
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         if config.hidden % tp.size:
             raise ValueError(f"hidden {config.hidden} does not divide over {tp.size} ranks")
         act = ACTIVATIONS[config.activation]
@@ -45,5 +54,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (..., D) → (..., D)."""
         x_TD = gather(x.reshape(-1, x.shape[-1]), 0, self.tp)
-        a_TF = self.activation(F.linear(x_TD, self.w_in_PFD.flatten(0, 1)))
-        return reduce_scatter(a_TF @ self.w_out_FD, 0, self.tp).view_as(x)
+        if self.recompute:
+            y_TD = checkpoint(self._compute, x_TD, use_reentrant=False)
+        else:
+            y_TD = self._compute(x_TD)
+        return reduce_scatter(y_TD, 0, self.tp).view_as(x)
+
+    def _compute(self, x_TD: Tensor) -> Tensor:
+        return self.activation(F.linear(x_TD, self.w_in_PFD.flatten(0, 1))) @ self.w_out_FD

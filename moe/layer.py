@@ -3,7 +3,7 @@
 from typing import NamedTuple, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axes, Axis
@@ -30,6 +30,9 @@ class MoEConfig(Config):
     """Shared experts: one feed-forward layer that every token passes (n experts: n × hidden)."""
     shared_gate: bool = False
     """Scale the shared experts' output by sigmoid(x · w) (Qwen2-MoE)."""
+    max_rows_factor: float | None = Field(default=1.25, ge=1.0)
+    """With experts spread over ranks: the most rows that a rank computes at once, as a multiple of
+    the mean over ranks. More are taken in rounds, slower but in the same memory. Null: no limit."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -53,7 +56,8 @@ class MoELayer(nn.Module):
 
     ``axes``: the ranks it is spread over (default: all is on this rank). Each has tokens of its
     own, and all of them call together. ``exchange``: how rows reach the experts; by default one
-    all-to-all there and one back.
+    all-to-all there and one back, in rounds where ``max_rows_factor`` asks for them.
+    ``recompute``: keep no hidden activations, compute them again in the backward pass.
     Parameters are uninitialised until :func:`coterie.models.initialise.initialise`.
     """
 
@@ -63,15 +67,18 @@ class MoELayer(nn.Module):
         config: MoEConfig,
         axes: Axes = Axes(),
         exchange: Exchange | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.axes = axes
-        self.exchange: Exchange = exchange or exchange_over(axes.expert)
+        self.exchange: Exchange = exchange or exchange_over(axes.expert, config.max_rows_factor)
         self.router = TopKRouter(
             width, config.experts.count, config.router, axes.data, axes.sequence
         )
-        self.experts = Experts(width, config.experts, axes.ep, axes.etp)
-        self.shared = FeedForward(width, config.shared, axes.tp) if config.shared else None
+        self.experts = Experts(width, config.experts, axes.ep, axes.etp, recompute)
+        self.shared = (
+            FeedForward(width, config.shared, axes.tp, recompute) if config.shared else None
+        )
         self.shared_gate_D = nn.Parameter(torch.empty(width)) if config.shared_gate else None
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> MoEOutput:
@@ -88,6 +95,8 @@ class MoELayer(nn.Module):
         return MoEOutput(y_TD.view_as(x), losses, stats)
 
 
-def exchange_over(expert: Axis) -> Exchange:
+def exchange_over(expert: Axis, max_rows_factor: float | None = None) -> Exchange:
     """The exchange between the ranks of ``expert``."""
-    return LocalExchange() if expert.group is None else AllToAllExchange(expert.group)
+    if expert.group is None:
+        return LocalExchange()
+    return AllToAllExchange(expert.group, max_rows_factor)

@@ -1,13 +1,16 @@
 """The reference exchange: one all-to-all there, one back, with the experts between."""
 
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.exchange.base import ExpertFunction, Rows
+from coterie.comm.exchange.rounds import plan, rows_of_rounds
 from coterie.csrc.inverse import invert
 from coterie.csrc.permute import permute
 from coterie.csrc.unpermute import unpermute
@@ -17,39 +20,91 @@ class AllToAllExchange:
     """Rows go to the rank that holds their expert and come back, over any backend.
 
     Splits may be uneven; a rank may send or receive nothing, and joins all the same.
+
+    ``max_rows_factor``: where a rank would receive more rows than this many times the mean over
+    ranks, the rows go in several rounds, each within the bound. All rounds but the last keep
+    nothing on the receiving side: they are sent and computed again in the backward pass. The
+    results are the same, up to the order of sums. None: always one round.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, max_rows_factor: float | None = None) -> None:
         self.group = group
         self.rank = group.rank()
         self.ranks = group.size()
+        self.max_rows_factor = max_rows_factor
 
     def __call__(self, x_TD: Tensor, assignment: Rows, experts: ExpertFunction) -> Tensor:
-        inverse = invert(assignment.token_A, x_TD.shape[0])
-        # sorted by expert, hence by the rank that holds it
-        sent_AD = permute(x_TD, assignment.token_A, inverse)
+        load_SE = _gather(assignment.load_E, self.group)
+        sent_SR = self._between_ranks(load_SE)
+        load_nSE = plan(load_SE, sent_SR, self.max_rows_factor)
+        token_A, weight_A = assignment.token_A, assignment.weight_A
+        if load_nSE is None:
+            return self._round(x_TD, token_A, weight_A, load_SE, sent_SR, experts)
 
-        out_RE = assignment.load_E.view(self.ranks, -1)
-        in_RE = torch.empty_like(out_RE)
-        dist.all_to_all_single(in_RE, out_RE.contiguous(), group=self.group)
-        out_R, in_R = torch.stack([out_RE.sum(1), in_RE.sum(1)]).tolist()
+        # The last round comes first in the backward pass: what it keeps is gone when the others
+        # run again.
+        rows_n = rows_of_rounds(load_nSE[:, self.rank])
+        sent_nSR = self._between_ranks(load_nSE)
+        again_n = [True] * (len(rows_n) - 1) + [False]
+        rounds = (
+            self._round(x_TD, token_A[rows_A], weight_A[rows_A], load, sent, experts, again)
+            for rows_A, load, sent, again in zip(rows_n, load_nSE, sent_nSR, again_n, strict=True)
+        )
+        return reduce(torch.add, rounds)
 
-        # rows arrive by (source rank, expert); experts want them by (expert, source rank)
-        received_AD = all_to_all_rows(sent_AD, out_R, in_R, self.group)
-        by_expert_A = _by_expert(in_RE)
-        back_A = invert(by_expert_A, by_expert_A.numel())
-        y_AD = experts(permute(received_AD, by_expert_A, back_A), in_RE.sum(0))
-        arrival_A = back_A.row_A
-        y_AD = permute(y_AD, arrival_A, invert(arrival_A, arrival_A.numel()))
+    def _between_ranks(self, load_SE: Tensor) -> Any:
+        """Rows from each source to each rank, as nested lists (…, S, R); waits for the device."""
+        return load_SE.unflatten(-1, (self.ranks, -1)).sum(-1).tolist()
 
-        returned_AD = all_to_all_rows(y_AD, in_R, out_R, self.group)
-        return unpermute(returned_AD, assignment.weight_A, assignment.token_A, inverse)
+    def _round(
+        self,
+        x_TD: Tensor,
+        token_A: Tensor,
+        weight_A: Tensor,
+        load_SE: Tensor,
+        sent_SR: list[list[int]],
+        experts: ExpertFunction,
+        again: bool = False,
+    ) -> Tensor:
+        """``again``: keep ``x_TD``, and repeat the way there and the experts for the gradients."""
+        inverse = invert(token_A, x_TD.shape[0])
+        in_SE = load_SE.unflatten(1, (self.ranks, -1))[:, self.rank]
+        out_R, in_R = sent_SR[self.rank], [sent_R[self.rank] for sent_R in sent_SR]
+
+        def there_and_back(x_TD: Tensor) -> Tensor:
+            # sorted by expert, hence by the rank that holds it
+            received_AD = all_to_all_rows(permute(x_TD, token_A, inverse), out_R, in_R, self.group)
+            return all_to_all_rows(_compute(received_AD, in_SE, experts), in_R, out_R, self.group)
+
+        if again:
+            returned_AD = checkpoint(there_and_back, x_TD, use_reentrant=False)
+        else:
+            returned_AD = there_and_back(x_TD)
+        return unpermute(returned_AD, weight_A, token_A, inverse)
 
 
-def _by_expert(in_RE: Tensor) -> Tensor:
+def _gather(load_E: Tensor, group: ProcessGroup) -> Tensor:
+    """int64 rows from each source rank for each expert, the same on all ranks."""
+    load_SE = load_E.new_empty(group.size(), load_E.numel())
+    dist.all_gather(list(load_SE), load_E.contiguous(), group=group)
+    return load_SE
+
+
+def _compute(received_AD: Tensor, in_SE: Tensor, experts: ExpertFunction) -> Tensor:
+    """Rows arrive by (source rank, expert); experts want them by (expert, source rank)."""
+    by_expert_A = _by_expert(in_SE)
+    back_A = invert(by_expert_A, by_expert_A.numel())
+    x_AD = permute(received_AD, by_expert_A, back_A)
+    del received_AD  # a copy less while the experts compute
+    y_AD = experts(x_AD, in_SE.sum(0))
+    arrival_A = back_A.row_A
+    return permute(y_AD, arrival_A, invert(arrival_A, arrival_A.numel()))
+
+
+def _by_expert(in_SE: Tensor) -> Tensor:
     """int64 order that sorts rows from (source rank, expert) to (expert, source rank)."""
-    experts_RE = torch.arange(in_RE.shape[1], device=in_RE.device).expand_as(in_RE)
-    return experts_RE.flatten().repeat_interleave(in_RE.flatten()).argsort(stable=True)
+    experts_SE = torch.arange(in_SE.shape[1], device=in_SE.device).expand_as(in_SE)
+    return experts_SE.flatten().repeat_interleave(in_SE.flatten()).argsort(stable=True)
 
 
 def all_to_all_rows(

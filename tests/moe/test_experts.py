@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.memory import peak_bytes
+from coterie.moe import grouped_ffn as module
 from coterie.moe.activations import ActivationName
 from coterie.moe.experts import Experts, ExpertsConfig
 from coterie.moe.grouped_ffn import grouped_ffn
@@ -156,3 +158,54 @@ def test_experts_of_a_rank_are_numbered_from_its_first() -> None:
     assert Experts(D, config, 1, 3).w_in_EHD.shape == (2, 2 * FH, D)
     with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks"):
         Experts(D, config, 0, 4)
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=list(LOADS))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_kept_hidden_activations_the_bits_are_the_same(
+    activation: ActivationName, load: list[int]
+) -> None:
+    x_AD, w_in, w_out, load_E, dy_AD = _operands(load, activation)
+    leaves = [tensor.requires_grad_() for tensor in (x_AD, w_in, w_out)]
+    results = []
+    for recompute in (False, True):
+        y_AD = grouped_ffn(x_AD, w_in, w_out, load_E, activation, recompute)
+        results.append([y_AD, *torch.autograd.grad(y_AD, leaves, dy_AD)])
+    for kept, again in zip(*results, strict=True):
+        assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_short_runs_give_the_same_numbers(
+    dtype: torch.dtype, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x_AD, w_in, w_out, load_E, dy_AD = _operands([40, 0, 7, 1], "swiglu", dtype)
+    leaves = [tensor.requires_grad_() for tensor in (x_AD, w_in, w_out)]
+    whole_AD = grouped_ffn(x_AD, w_in, w_out, load_E, "swiglu")
+    whole = [whole_AD, *torch.autograd.grad(whole_AD, leaves, dy_AD)]
+    monkeypatch.setattr(module, "_LONGEST", 3)
+    short_AD = grouped_ffn(x_AD, w_in, w_out, load_E, "swiglu", recompute)
+    short = [short_AD, *torch.autograd.grad(short_AD, leaves, dy_AD)]
+    for own, true in zip(short, whole, strict=True):
+        assert own.dtype == dtype
+        assert error(own.double(), true.double()) < (1e-13 if dtype == torch.float64 else 0.01)
+
+
+def test_memory_of_hidden_width_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One hot expert, whose hidden activations would be 8 times its rows."""
+    monkeypatch.setattr(module, "_LONGEST", 16)
+    rows, width, hidden = 512, 32, 128
+    experts = Experts(width, ExpertsConfig(count=1, hidden=hidden), recompute=True)
+    randomise(experts)
+    x_AD = torch.randn(rows, width, requires_grad=True)
+
+    def run() -> None:
+        experts(x_AD, torch.tensor([rows])).sum().backward()
+
+    weights = sum(w.numel() * w.element_size() for w in experts.parameters())
+    rows_bytes = 4 * rows * width
+    # y and dx, gradients of the weights and the product that is added to them; a run's own
+    assert peak_bytes(run) < 2.5 * rows_bytes + 2 * weights + 4 * 16 * 10 * hidden
+    experts.recompute = False
+    assert peak_bytes(run) > 8 * rows_bytes

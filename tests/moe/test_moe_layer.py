@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from coterie.moe.activations import ActivationName
-from coterie.moe.layer import MoELayer
+from coterie.moe.layer import MoEConfig, MoELayer
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.tokens import TokenInfo
-from tests.moe.tiny import error, randn, tiny_layer
+from tests.moe.tiny import error, randn, randomise, tiny_layer
 
 T, D, E = 10, 6, 4
 ACTIVATIONS: tuple[ActivationName, ...] = ("swiglu", "gelu", "relu2")
@@ -167,3 +167,33 @@ def test_no_tokens_at_all() -> None:
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_recomputed_hidden_activations_change_no_bit(activation: ActivationName) -> None:
+    config = MoEConfig.model_validate(
+        {
+            "experts": {"count": E, "hidden": 5, "activation": activation},
+            "shared": {"hidden": 3, "activation": activation},
+        }
+    )
+    results = []
+    for recompute in (False, True):
+        layer = MoELayer(D, config, recompute=recompute).double()
+        randomise(layer)
+        x_TD = randn(T, D, seed=8).requires_grad_()
+        kept: list[Tensor] = []
+
+        def keep(x: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            y_TD = layer(x_TD).y
+        hidden = {parts * width for parts in (1, 2) for width in (3, 5)} - {D}
+        wide = [x for x in kept if x.dim() == 2 and x.shape[1] in hidden and x.is_floating_point()]
+        assert bool(wide) != recompute
+        dy_TD = randn(T, D, seed=9)
+        results.append([y_TD, *torch.autograd.grad(y_TD, [x_TD, *layer.parameters()], dy_TD)])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
