@@ -2,8 +2,9 @@
 
 PyTorch multiplies float32 matrices by MKL, which takes a 256-bit code path on AMD processors.
 oneDNN, which PyTorch carries for other uses, took half the time on an EPYC with AVX-512: 400
-against 198 GFLOP/s (benchmarks/layer.py). The choice depends on dtype and shape alone, never on a
-measurement: ranks and resumed runs must round alike.
+against 198 GFLOP/s (benchmarks/layer.py); on one with AVX2 alone it took 5–10% longer. The choice
+depends on the processor's kind, dtype and shape, never on a measurement: ranks and resumed runs
+must round alike.
 """
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 
 _SMALLEST = 64 * 128 * 384  # multiplications; below this a call costs more than it saves
 _BLOCK = 32
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 def pad_rows(x_MK: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The picture of docs/parallelism.md: sixteen ranks, and who shares what with whom.
 
-    python docs/parallelism_figure.py docs/images/parallelism.png
+python docs/parallelism_figure.py docs/images/parallelism.png
 """
 
 import sys

@@ -100,6 +100,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.recompute = recompute
+        hidden = recompute == "selective"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(
             config.width, config.attention, config.norm_eps, axes.tp, axes.cp
@@ -109,10 +110,10 @@ class Block(nn.Module):
         self.feed_forward: FeedForward | None = None
         if config.is_moe(layer):
             assert config.moe is not None
-            self.moe = MoELayer(config.width, config.moe, axes)
+            self.moe = MoELayer(config.width, config.moe, axes, recompute=hidden)
         else:
             assert config.feed_forward is not None
-            self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp)
+            self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp, hidden)
 
     def forward(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None = None

@@ -31,8 +31,8 @@ class MoEConfig(Config):
     shared_gate: bool = False
     """Scale the shared experts' output by sigmoid(x · w) (Qwen2-MoE)."""
     max_rows_factor: float | None = Field(default=1.25, ge=1.0)
-    """With experts spread over ranks: the most rows that a rank computes at once, as a multiple of
-    the mean over ranks. More are taken in rounds, slower but in the same memory. Null: no limit."""
+    """With experts spread over ranks: up to so many times the mean over ranks a rank takes its rows
+    at once; beyond that in rounds of the mean, slower but in the same memory. Null: no limit."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

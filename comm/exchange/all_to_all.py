@@ -22,7 +22,7 @@ class AllToAllExchange:
     Splits may be uneven; a rank may send or receive nothing, and joins all the same.
 
     ``max_rows_factor``: where a rank would receive more rows than this many times the mean over
-    ranks, the rows go in several rounds, each within the bound. All rounds but the last keep
+    ranks, the rows go in rounds of about the mean. All rounds but the last keep
     nothing on the receiving side: they are sent and computed again in the backward pass. The
     results are the same, up to the order of sums. None: always one round.
     """

@@ -13,17 +13,19 @@ from torch import Tensor
 def plan(load_SE: Tensor, sent_SR: list[list[int]], factor: float | None) -> Tensor | None:
     """``load_nSE``: int64 rows of each round from each source for each expert; None: one round.
 
-    ``sent_SR``: rows between ranks, on the host. No rank takes more than about ``factor`` times the
-    mean over ranks in one round. ("About": counts are whole, so that a round may hold up to one row
-    too many for each pair of source and local expert.) The first round holds what is left over; on
-    the busiest rank all others are full.
+    ``sent_SR``: rows between ranks, on the host. Up to ``factor`` times the mean over ranks the
+    busiest rank takes its rows in one round; beyond that in rounds of about the mean, so that the
+    more skewed exchange needs no more memory than the balanced one. ("About": counts are whole, so
+    that a round may hold up to one row too many for each pair of source and local expert.) The
+    first round holds what is left over; on the busiest rank all others are full.
     """
     most = max(map(sum, zip(*sent_SR, strict=True)))
     if factor is None:
         return None
-    limit = math.ceil(factor * sum(map(sum, sent_SR)) / len(sent_SR))
-    if most <= limit:
+    mean = sum(map(sum, sent_SR)) / len(sent_SR)
+    if most <= math.ceil(factor * mean):
         return None
+    limit = math.ceil(mean)
     count = math.ceil(most / limit)
     # of each pair's rows, all rounds take the shares that they take of the busiest rank's
     starts = [0, *(most - limit * left for left in reversed(range(count)))]

@@ -1,7 +1,5 @@
 """Saved on any layout, loaded on any other: the next steps are those of the unbroken run."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
