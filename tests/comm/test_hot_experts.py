@@ -121,8 +121,11 @@ def test_rounds_equal_one_round(world: int, way: str, case: str) -> None:
 def test_no_rank_computes_more_rows_at_once_than_the_bound(world: int, way: str, case: str) -> None:
     factor, outer = WAYS[way]
     received = [results[case, "one round"][1][0] for results in on_ranks(world)]
-    limit = math.inf if factor is None else math.ceil(factor * sum(received) / world)
-    count = math.ceil(max(received) / limit) if max(received) > limit else 1
+    mean = sum(received) / world
+    at_once = math.inf if factor is None else math.ceil(factor * mean)
+    several = max(received) > at_once
+    limit = math.ceil(mean) if several else at_once
+    count = math.ceil(max(received) / limit) if several else 1
     for whole, results in zip(received, on_ranks(world), strict=True):
         rows = results[case, way][1]
         assert max(rows) <= limit + 2 * world
@@ -190,4 +193,4 @@ def test_the_peak_does_not_grow_with_skew(layers: int, recompute: bool) -> None:
     assert highest[4.0, None] > 2 * balanced
     for skew in (2.0, 4.0):
         assert highest[skew, 1.0] < 1.15 * balanced
-        assert highest[skew, 1.5] < 1.5 * 1.15 * balanced
+        assert highest[skew, 1.5] < 1.15 * balanced  # beyond the factor rounds are of the mean
