@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,7 +92,9 @@ def diff(checkpoint: Checkpoint, other: Other, step: Step = None) -> int:
         lines = list(unlike(a, b))
         names = differing(a, b)
         with _progress("comparing tensors", _bytes(a, names)) as advance:
-            lines += [_sentence(name, compare(a, b, name, advance)) for name in names]
+            for name in names:
+                shape = a.manifest.tensors[name].shape
+                lines.append(_sentence(name, compare(a, b, name, advance), shape))
     for line in lines:
         print(line)
     if not lines:
@@ -148,16 +151,19 @@ def find(path: Path, step: int | None) -> Path:
     return found
 
 
-def _sentence(name: str, found: "Difference") -> str:
+def _sentence(name: str, found: "Difference", shape: list[int]) -> str:
+    x, y = found.values
+    if prod(shape) == 1:
+        return f"{name}: {x} and {y}"
     experts = ""
     if found.experts:
-        s = "s" if len(found.experts) > 1 else ""
-        experts = f" of expert{s} {', '.join(map(str, sorted(found.experts)))}"
-    elements = f"{found.count:,} element{'s' if found.count > 1 else ''}"
+        numbers = ", ".join(map(str, sorted(found.experts)))
+        which = f"all {shape[0]} experts" if len(found.experts) == shape[0] else f"expert {numbers}"
+        experts = f" of {which}"
     return (
-        f"{name}: {elements}{experts} differ, by {found.absolute:.3g} at most "
-        f"({found.relative:.3g} relative); first {list(found.first)}: "
-        f"{found.values[0]} and {found.values[1]}"
+        f"{name}: {found.count:,} of {prod(shape):,} elements{experts} differ, by "
+        f"{found.absolute:.3g} at most ({found.relative:.3g} relative); "
+        f"first {list(found.first)}: {x} and {y}"
     )
 
 
