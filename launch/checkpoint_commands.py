@@ -157,14 +157,18 @@ def _sentence(name: str, found: "Difference", shape: list[int]) -> str:
         return f"{name}: {x} and {y}"
     experts = ""
     if found.experts:
-        numbers = ", ".join(map(str, sorted(found.experts)))
-        which = f"all {shape[0]} experts" if len(found.experts) == shape[0] else f"expert {numbers}"
-        experts = f" of {which}"
+        experts = f" of {_experts(sorted(found.experts), shape[0])}"
     return (
         f"{name}: {found.count:,} of {prod(shape):,} elements{experts} differ, by "
         f"{found.absolute:.3g} at most ({found.relative:.3g} relative); "
         f"first {list(found.first)}: {x} and {y}"
     )
+
+
+def _experts(numbers: list[int], count: int) -> str:
+    if len(numbers) == count:
+        return f"all {count} experts"
+    return f"expert{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _warn(experts: dict[str, list[list[int]]]) -> None:

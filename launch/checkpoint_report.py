@@ -37,7 +37,7 @@ def show(reader: CheckpointReader) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    manifest = reader.manifest
+    manifest, saved_by, equal = reader.manifest, _saved_by(reader), equal_tensors(reader)
     table = Table(box=None, pad_edge=False)
     for heading in ("tensor", "dtype", "shape"):
         table.add_column(heading, no_wrap=True)
@@ -52,12 +52,12 @@ def show(reader: CheckpointReader) -> None:
     Console(width=1000, markup=False, highlight=False).print(table, soft_wrap=True)
     print()
     print(f"{reader.path}: step {manifest.step}")
-    print(f"  saved by {_saved_by(reader)}")
+    print(f"  saved by {saved_by}")
     for kind in ("model", "optimizer"):
         print(f"  {kind}: {_total(reader, kind):,} bytes")
     for name, file in sorted(manifest.files.items()):
         print(f"  {name}: {file.size:,} bytes, sha256 {file.sha256}")
-    for group in equal_tensors(reader):
+    for group in equal:
         more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
         print(f"  equal: {', '.join(group[:_NAMED])}{more}")
 
