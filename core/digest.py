@@ -38,13 +38,18 @@ def digest_int64(tensor: Tensor, box: Box) -> Tensor:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} is not the part {box}")
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     width = tensor.element_size()
-    bits = tensor.detach().view(_BITS[width])
+    bits = bits_of(tensor)
     for piece in pieces(Box.all_of(box.shape), _GPU_PIECE if tensor.is_cuda else _CPU_PIECE):
         content = bits[piece.slices].to(torch.int64)
         if width in (2, 4):
             content &= (1 << 8 * width) - 1  # without copies of the sign
         total += fold_in(_index(piece, box, tensor.device) ^ _KEY, content).sum()
     return total
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of each element as an integer of its width, sharing memory."""
+    return tensor.detach().view(_BITS[tensor.element_size()])
 
 
 def pieces(box: Box, elements: int) -> Iterator[Box]:

@@ -30,6 +30,20 @@ def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return source.validated()
 
 
+def changed_config(
+    file: Path, tree: dict[str, Any], overrides: list[str] | tuple[str, ...]
+) -> "RunConfig":
+    """The config that stands in ``file`` as ``tree``, with ``overrides`` applied.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    source = _Source(file, yaml.safe_dump(tree))
+    for override in overrides:
+        source.override(override)
+    return source.validated()
+
+
 def dump_config(config: "RunConfig") -> str:
     """``config``, every default filled in, as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

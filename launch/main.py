@@ -11,6 +11,7 @@ import typer
 from coterie.core.errors import UserError
 from coterie.launch import (
     certify_command,
+    checkpoint_commands,
     child,
     config_commands,
     data_commands,
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 run_commands.add_to(app)
 certify_command.add_to(app)
+checkpoint_commands.add_to(app)
 data_commands.add_to(app)
 config_commands.add_to(app)
 doctor.add_to(app)

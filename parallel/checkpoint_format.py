@@ -85,6 +85,11 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def is_named_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is called as a checkpoint is; there may be none."""
+    return _COMPLETE.fullmatch(path.name) is not None
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's folder name."""
     match = _COMPLETE.fullmatch(path.name)

@@ -145,7 +145,8 @@ def _write_item(chunk: Chunk) -> WriteItem:
     box, properties = chunk.box, TensorProperties(dtype=chunk.dtype)
     where = _place(box)
     data = TensorWriteData(where, properties, torch.Size(box.whole))
-    return WriteItem(MetadataIndex(chunk.name, where.offsets), WriteItemType.SHARD, data)
+    index = MetadataIndex(chunk.name, where.offsets)
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
 def _place(box: Box) -> ChunkStorageMetadata:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore:html5lib's sanitizer"
 )
 
-SHOWN = ("README.md", "CONTRIBUTING.md", "docs/quickstart.md")
+SHOWN = ("README.md", "CONTRIBUTING.md", "docs/checkpoints.md", "docs/quickstart.md")
 RANKS = 2
 TORCHRUN = f"# torchrun --standalone --nproc-per-node {RANKS}\n"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
