@@ -1,6 +1,6 @@
 """Grouped-query causal attention with rotary positions."""
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Self
 
 import torch
@@ -93,10 +93,8 @@ class Attention(nn.Module):
         q_BHSd = self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         k_BHSd = self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         v_BHSd = self.v(x_BSD).unflatten(-1, heads).transpose(1, 2)
-        length = x_BSD.shape[1] * self.cp.size
-        position_S = context_positions(length, self.cp, x_BSD.device)
-        q_BHSd = rotate(q_BHSd, position_S, self.theta)
-        k_BHSd = rotate(k_BHSd, position_S, self.theta)
+        q_BHSd = rotate(q_BHSd, self.theta, self.cp)
+        k_BHSd = rotate(k_BHSd, self.theta, self.cp)
         if not self.within_documents:
             document_BS = None
         if self.cp.size == 1:
@@ -152,20 +150,31 @@ class Attention(nn.Module):
         )
 
 
-def rotate(x_BHSd: Tensor, position_S: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama.
+def rotate(x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp")) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama, of
+    the positions of context-parallel rank ``cp``.
 
     Angles are computed in float64: float32 is off by more the farther the position.
     """
-    cos_Sd, sin_Sd = _rotation(position_S, x_BHSd.shape[-1], theta, x_BHSd.dtype)
+    seq, width = x_BHSd.shape[-2:]
+    cos_Sd, sin_Sd = _rotation(
+        seq * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype
+    )
     first, second = x_BHSd.chunk(2, -1)
     return x_BHSd * cos_Sd + torch.cat([-second, first], -1) * sin_Sd
 
 
+@lru_cache(maxsize=16)
 def _rotation(
-    position_S: Tensor, width: int, theta: float, dtype: torch.dtype
+    length: int,
+    rank: int,
+    ranks: int,
+    width: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    device = position_S.device
+    position_S = context_positions(length, Axis("cp", rank, ranks), device)
     exponent = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
     angle_Sd = torch.outer(position_S.double(), theta**-exponent)
     angle_Sd = torch.cat([angle_Sd, angle_Sd], -1)

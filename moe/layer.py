@@ -30,7 +30,7 @@ class MoEConfig(Config):
     """Shared experts: one feed-forward layer that every token passes (n experts: n × hidden)."""
     shared_gate: bool = False
     """Scale the shared experts' output by sigmoid(x · w) (Qwen2-MoE)."""
-    max_rows_factor: float | None = Field(default=1.25, ge=1.0)
+    max_rows_factor: float | None = Field(default=2.0, ge=1.0)
     """With experts spread over ranks: up to so many times the mean over ranks a rank takes its rows
     at once; beyond that in rounds of the mean, slower but in the same memory. Null: no limit."""
 

@@ -84,8 +84,8 @@ def global_norm(model: ParallelModel) -> Tensor:
     owned = [g for name, g in _gradients(model) if model.places[name].owner]
     square = torch.zeros((), dtype=torch.float64, device=model.ranks.device)
     if owned:
-        norms = torch._foreach_norm(owned, 2, dtype=torch.float64)
-        square += torch.stack(norms).square().sum()
+        norms = torch._foreach_norm(owned, 2)  # asking for float64 would copy every gradient
+        square += torch.stack(norms).double().square().sum()
     if model.ranks.everyone is not None:
         dist.all_reduce(square, group=model.ranks.everyone)
     return square.sqrt()
