@@ -56,7 +56,7 @@ class Stack:
         """Of the busiest rank in one step; a recomputed row passes forward twice."""
         mean = self.T * self.K
         rows = skew * mean
-        again = 0.0 if factor is None else max(0.0, rows - factor * mean)
+        again = 0.0 if factor is None or skew <= factor else rows - mean
         return self.layers * 6 * self.D * self.F * (3 * rows + again)
 
 
