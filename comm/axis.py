@@ -52,3 +52,13 @@ class Cut:
     dim: int
     axis: Axis
     length: int
+
+
+def expert_parallel(group: ProcessGroup) -> Axes:
+    """Nothing is split but the experts, over the ranks of ``group``; each has tokens of its own."""
+    rank, size = group.rank(), group.size()
+    return Axes(
+        ep=Axis("ep", rank, size),
+        expert=Axis("expert", rank, size, group),
+        data=Axis("data", rank, size, group),
+    )

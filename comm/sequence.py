@@ -25,7 +25,7 @@ def context_positions(length: int, cp: Axis, device: torch.device | None = None)
     position_S = torch.arange(length, device=device)
     if cp.size == 1:
         return position_S
-    pieces = position_S.view(2 * cp.size, -1)
+    pieces = position_S.view(2 * cp.size, length // (2 * cp.size))
     return torch.cat([pieces[cp.rank], pieces[2 * cp.size - 1 - cp.rank]])
 
 

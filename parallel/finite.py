@@ -110,6 +110,7 @@ def _watched(model: ParallelModel) -> Iterator[list[str]]:
         return module.register_forward_hook(hook)
 
     handles = [watch(name, module) for _, name, module in _places(model)]
+    handles += [watch("the loss", s) for s in model.each_stage() if s.decoder.head is not None]
     try:
         yield seen
     finally:

@@ -8,7 +8,7 @@ from torch import Tensor
 from coterie.comm.sequence import all_context_positions, context_part, gather
 from coterie.models import Decoder
 from coterie.moe.tokens import TokenInfo
-from coterie.parallel.micro_batch import local_info
+from coterie.parallel.micro_batch import by_row, local_info
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision, autocast
 
@@ -97,7 +97,7 @@ def _padded(info: TokenInfo, rows: int, length: int) -> TokenInfo:
     def longer(x_T: Tensor | None, fill: int) -> Tensor | None:
         if x_T is None:
             return None
-        x_BS = x_T.view(rows, -1)
+        x_BS = by_row(x_T, rows)
         return F.pad(x_BS, (0, length - x_BS.shape[1]), value=fill).flatten()
 
     position_BS = torch.arange(length).expand(rows, length)

@@ -35,12 +35,17 @@ def token_info(batch: Batch, axes: Axes, seed: int | None = None) -> TokenInfo:
     return local_info(info, rows, axes)
 
 
+def by_row(x_T: Tensor, rows: int) -> Tensor:
+    """(T,) as (rows, T / rows), also where there are none."""
+    return x_T.view(rows, x_T.numel() // max(1, rows))
+
+
 def local_info(info: TokenInfo, rows: int, axes: Axes) -> TokenInfo:
     """Of facts about ``rows`` whole sequences, those of the tokens that this rank holds."""
 
     def part(x_T: Tensor | None) -> Tensor | None:
         if x_T is None:
             return None
-        return sequence_part(x_T.view(rows, -1), axes.cp, axes.tp).flatten()
+        return sequence_part(by_row(x_T, rows), axes.cp, axes.tp).flatten()
 
     return TokenInfo(**{field.name: part(getattr(info, field.name)) for field in fields(info)})

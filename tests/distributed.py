@@ -80,7 +80,8 @@ class Ranks:
 
     def output(self, rank: int) -> str:
         """What the rank has written to stdout and stderr so far."""
-        return (Path(self._folder.name) / f"output_{rank}").read_text(errors="replace")
+        file = Path(self._folder.name) / f"output_{rank}"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def results(self) -> list[Any]:
         """What every rank returned, by rank.

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coterie.comm.axis import Axes, expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
-from coterie.comm.exchange.base import Exchange
 from coterie.moe.layer import MoELayer
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.tokens import TokenInfo
@@ -68,18 +68,18 @@ def _inputs(case: Case, world: int) -> list[tuple[Tensor, TokenInfo, Tensor]]:
     return parts
 
 
-def _layer(case: Case, exchange: Exchange | None = None, group: Any = None) -> MoELayer:
+def _layer(case: Case, axes: Axes | None = None) -> MoELayer:
     """Every rank draws the weights of all experts and keeps its own."""
     config = TopKConfig.model_validate({"balance_loss": 0.4, "z_loss": 0.3, **case.router})
     whole = tiny_layer(config, width=D, experts=E, shared=3)
     with torch.no_grad():
         whole.router.weight.copy_(torch.eye(E, D))
-    if exchange is None:
+    if axes is None:
         return whole.train()
-    layer = tiny_layer(config, width=D, experts=E, shared=3, exchange=exchange, group=group)
-    mine = slice(layer.experts.first, layer.experts.first + E // exchange.ranks)
+    layer = tiny_layer(config, width=D, experts=E, shared=3, axes=axes)
+    mine = slice(layer.experts.first, layer.experts.first + E // axes.ep.size)
     state = whole.state_dict()
-    for name in ("experts.w_in_EHD", "experts.w_out_EFD"):
+    for name in ("experts.w_in_EPFD", "experts.w_out_EFD"):
         state[name] = state[name][mine]
     layer.load_state_dict(state)
     return layer.train()
@@ -104,8 +104,9 @@ def _on_rank(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     assert group is not None
     results = {}
     for name, case in CASES.items():
-        layer = _layer(case, AllToAllExchange(group), group)
-        assert layer.experts.w_in_EHD.shape[0] == E // world
+        layer = _layer(case, expert_parallel(group))
+        assert isinstance(layer.exchange, AllToAllExchange)
+        assert layer.experts.w_in_EPFD.shape[0] == E // world
         results[name] = _step(layer, *_inputs(case, world)[rank])
     return results
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.random import fold_in, key
-from coterie.models.decoder import Decoder, DecoderOutput
+from coterie.models.decoder import Decoder, DecoderOutput, Recompute
 from coterie.moe.layer import MoELayer
 from coterie.moe.tokens import TokenInfo
 from tests.models.tiny_decoder import VOCABULARY, config, decoder, tokens
@@ -27,8 +27,8 @@ def _changed(tokens_BS: Tensor, columns: slice) -> Tensor:
 def test_a_token_leaves_earlier_logits_bit_identical(t: int) -> None:
     model = decoder(config(**DENSE))
     tokens_BS = tokens(B, S)
-    plain = model(tokens_BS).logits_BSV
-    other = model(_changed(tokens_BS, slice(t, t + 1))).logits_BSV
+    plain = model(tokens_BS).x
+    other = model(_changed(tokens_BS, slice(t, t + 1))).x
     assert torch.equal(plain[:, :t], other[:, :t])
     assert plain[:, t:].ne(other[:, t:]).all()
 
@@ -42,8 +42,8 @@ def test_a_token_leaves_earlier_logits_of_a_mixture_alone(t: int, router: dict[s
     info = TokenInfo(sequence_T=torch.arange(B).repeat_interleave(S))
     plain = model(tokens_BS, info)
     other = model(_changed(tokens_BS, slice(t, t + 1)), info)
-    assert error(other.logits_BSV[:, :t], plain.logits_BSV[:, :t]) < 1e-13
-    assert error(other.logits_BSV[:, t:], plain.logits_BSV[:, t:]) > 1e-3
+    assert error(other.x[:, :t], plain.x[:, :t]) < 1e-13
+    assert error(other.x[:, t:], plain.x[:, t:]) > 1e-3
     if "capacity_factor" in router:
         assert any(int(stats.dropped_E.sum()) for stats in plain.stats.values())
 
@@ -58,11 +58,11 @@ def test_another_document_changes_nothing() -> None:
     model = decoder(config(**DENSE, attention=attention))
     document_BS, info = _documents()
     tokens_BS = tokens(B, S)
-    plain = model(tokens_BS, info).logits_BSV
-    other = model(_changed(tokens_BS, slice(4, 9)), info).logits_BSV
+    plain = model(tokens_BS, info).x
+    other = model(_changed(tokens_BS, slice(4, 9)), info).x
     assert torch.equal(plain[document_BS != 1], other[document_BS != 1])
     assert plain[document_BS == 1].ne(other[document_BS == 1]).all()
-    alone = model(tokens_BS[:, 4:9]).logits_BSV  # rotary positions are relative
+    alone = model(tokens_BS[:, 4:9]).x  # rotary positions are relative
     assert error(plain[:, 4:9], alone) < 1e-12
 
 
@@ -70,17 +70,17 @@ def test_without_the_mask_later_documents_see_earlier_ones() -> None:
     model = decoder(config(**DENSE))
     _, info = _documents()
     tokens_BS = tokens(B, S)
-    plain = model(tokens_BS, info).logits_BSV
-    other = model(_changed(tokens_BS, slice(4, 9)), info).logits_BSV
+    plain = model(tokens_BS, info).x
+    other = model(_changed(tokens_BS, slice(4, 9)), info).x
     assert plain[:, 9:].ne(other[:, 9:]).all()
 
 
 def test_rows_of_a_batch_do_not_see_each_other() -> None:
     model = decoder(config())
     tokens_BS = tokens(B, S)
-    whole = model(tokens_BS).logits_BSV
+    whole = model(tokens_BS).x
     for row in range(B):
-        assert error(model(tokens_BS[row : row + 1]).logits_BSV, whole[row : row + 1]) < 1e-13
+        assert error(model(tokens_BS[row : row + 1]).x, whole[row : row + 1]) < 1e-13
 
 
 def _mixtures(model: Decoder) -> list[MoELayer]:
@@ -96,11 +96,13 @@ def _keyed() -> TokenInfo:
     )
 
 
-def _step(recompute: bool, jitter: float = 0.4) -> tuple[Tensor, DecoderOutput, dict[str, Tensor]]:
+def _step(
+    recompute: Recompute, jitter: float = 0.4
+) -> tuple[Tensor, DecoderOutput, dict[str, Tensor]]:
     settings = config({"jitter": jitter, "capacity_factor": 0.9, "balance_loss": 0.2})
     model = decoder(settings, recompute=recompute).train()
     out = model(tokens(B, S), _keyed())
-    loss = out.logits_BSV.square().mean() + sum(out.losses.values())
+    loss = out.x.square().mean() + sum(out.losses.values())
     loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -109,9 +111,10 @@ def _step(recompute: bool, jitter: float = 0.4) -> tuple[Tensor, DecoderOutput, 
     return loss.detach(), out, gradients
 
 
-def test_recompute_changes_no_bit_and_counts_once() -> None:
-    loss, out, gradients = _step(recompute=False)
-    again, recomputed, regradients = _step(recompute=True)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_no_bit_and_counts_once(recompute: Recompute) -> None:
+    loss, out, gradients = _step("none")
+    again, recomputed, regradients = _step(recompute)
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert gradient.any(), name
@@ -124,17 +127,17 @@ def test_recompute_changes_no_bit_and_counts_once() -> None:
         real = int((~torch.arange(B * S).remainder(5).eq(4)).sum())
         assert int(recomputed.stats[layer].tokens) == real
         assert int((stats.load_E + stats.dropped_E).sum()) == 2 * real
-    assert not torch.equal(loss, _step(recompute=False, jitter=0.0)[0])  # the noise is there
+    assert not torch.equal(loss, _step("none", jitter=0.0)[0])  # the noise is there
 
 
-def test_recompute_runs_blocks_again() -> None:
-    model = decoder(config(), recompute=True).train()
-    calls = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, _: calls.append(module.layer))
+def test_full_recompute_runs_blocks_again() -> None:
+    model = decoder(config(), recompute="full").train()
+    calls: list[int] = []
+    for number, block in model.blocks.items():
+        block.attention.register_forward_pre_hook(lambda *_, at=int(number): calls.append(at))
     out = model(tokens(B, S))
     assert calls == [0, 1, 2]
-    out.logits_BSV.sum().backward()
+    out.x.sum().backward()
     assert calls == [0, 1, 2, 2, 1, 0]
     calls.clear()
     with torch.no_grad():
@@ -172,7 +175,7 @@ def test_padding_is_not_routed_but_has_logits() -> None:
     assert info.padding_T is not None
     for stats in out.stats.values():
         assert int(stats.load_E.sum()) == 2 * int((~info.padding_T).sum())
-    assert out.logits_BSV.isfinite().all()
+    assert out.x.isfinite().all()
 
 
 def test_tied_embeddings_are_one_parameter() -> None:

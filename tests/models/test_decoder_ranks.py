@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coterie.comm.exchange.all_to_all import AllToAllExchange
+from coterie.comm.axis import expert_parallel
 from coterie.core.random import fold_in, key
-from coterie.models.decoder import Decoder
+from coterie.models.decoder import Decoder, Recompute
 from coterie.moe.tokens import TokenInfo
 from tests.distributed import run_ranks
 from tests.models.tiny_decoder import config, decoder, tokens
@@ -15,6 +15,7 @@ from tests.moe.tiny import error
 
 S = 7
 ROUTER = {"jitter": 0.3, "capacity_factor": 1.1, "balance_loss": 0.3, "z_loss": 0.2}
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 ROWS = {"three and one": [3, 1], "all and none": [4, 0]}
 
 
@@ -28,7 +29,7 @@ def _step(model: Decoder, rows: slice) -> dict[str, Tensor]:
         sequence_T=torch.arange(tokens_BS.shape[0]).repeat_interleave(S),
     )
     out = model.train()(tokens_BS, info)
-    loss = (out.logits_BSV**2).sum() + out.losses["balance"] + out.losses["z"]
+    loss = (out.x**2).sum() + out.losses["balance"] + out.losses["z"]
     loss.backward()
     result = {"loss": loss.detach()}
     for name, parameter in model.named_parameters():
@@ -37,27 +38,29 @@ def _step(model: Decoder, rows: slice) -> dict[str, Tensor]:
     return result
 
 
-def _on_rank(rank: int) -> dict[tuple[str, bool], dict[str, Tensor]]:
+def _on_rank(rank: int) -> dict[tuple[str, Recompute], dict[str, Tensor]]:
     group = dist.group.WORLD
     assert group is not None
     results = {}
     for name, (first, second) in ROWS.items():
         rows = slice(0, first) if rank == 0 else slice(first, first + second)
-        for recompute in (False, True):
-            model = decoder(config(ROUTER), AllToAllExchange(group), group, recompute)
+        for recompute in RECOMPUTE:
+            model = decoder(config(ROUTER), expert_parallel(group), recompute)
             results[name, recompute] = _step(model, rows)
     return results
 
 
 @pytest.fixture(scope="module")
-def spread() -> list[dict[tuple[str, bool], dict[str, Tensor]]]:
+def spread() -> list[dict[tuple[str, Recompute], dict[str, Tensor]]]:
     return run_ranks(2, _on_rank)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", ROWS)
 def test_loss_and_gradients_equal_one_process(
-    name: str, recompute: bool, spread: list[dict[tuple[str, bool], dict[str, Tensor]]]
+    name: str,
+    recompute: Recompute,
+    spread: list[dict[tuple[str, Recompute], dict[str, Tensor]]],
 ) -> None:
     truth = _step(decoder(config(ROUTER)), slice(0, 4))
     first, second = (results[name, recompute] for results in spread)

@@ -7,14 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coterie.comm.exchange.all_to_all import AllToAllExchange
+from coterie.comm.axis import expert_parallel
 from coterie.models.decoder import Decoder
-from coterie.models.generate import generate
+from coterie.models.generate import Logits, generate
+from coterie.moe.tokens import TokenInfo
 from tests.distributed import run_ranks
 from tests.models.tiny_decoder import VOCABULARY, config, decoder, tokens
 
 LENGTH = 9
 NO_STOP: list[int] = []
+
+
+def logits(model: Decoder) -> Logits:
+    return lambda tokens_BS, info: model(tokens_BS, info).x
 
 
 def _prompts(count: int = 4) -> list[Tensor]:
@@ -28,7 +33,7 @@ def _lists(continuations: list[Tensor]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    return decoder(config())
+    return decoder(config()).eval()
 
 
 @pytest.mark.parametrize("router", [{}, {"capacity_factor": 0.8}], ids=str)
@@ -36,9 +41,11 @@ def test_a_prompt_continues_the_same_alone_and_in_company(router: dict[str, Any]
     model = decoder(config(router))
     prompts = _prompts()
     settings: dict[str, Any] = {"stop": [0], "length": LENGTH, "temperature": 1.0, "seed": 5}
-    together = _lists(generate(model, prompts, range(4), **settings))
-    alone = [_lists(generate(model, [p], [n], **settings))[0] for n, p in enumerate(prompts)]
-    backwards = _lists(generate(model, prompts[::-1], [3, 2, 1, 0], **settings))
+    together = _lists(generate(logits(model), prompts, range(4), **settings))
+    alone = [
+        _lists(generate(logits(model), [p], [n], **settings))[0] for n, p in enumerate(prompts)
+    ]
+    backwards = _lists(generate(logits(model), prompts[::-1], [3, 2, 1, 0], **settings))
     assert together == alone == backwards[::-1]
     assert len({len(own) for own in together}) > 1  # some stop before others
 
@@ -46,38 +53,38 @@ def test_a_prompt_continues_the_same_alone_and_in_company(router: dict[str, Any]
 def test_temperature_zero_takes_the_most_likely(model: Decoder) -> None:
     for prompt, continuation in zip(
         _prompts(),
-        generate(model, _prompts(), range(4), stop=NO_STOP, length=LENGTH, temperature=0),
+        generate(logits(model), _prompts(), range(4), stop=NO_STOP, length=LENGTH, temperature=0),
         strict=True,
     ):
         seen = prompt
         for _ in range(LENGTH):
-            seen = torch.cat([seen, model(seen[None]).logits_BSV[0, -1:].argmax(-1)])
+            seen = torch.cat([seen, model(seen[None]).x[0, -1:].argmax(-1)])
         assert torch.equal(continuation, seen[len(prompt) :])
 
 
 def test_top_k_keeps_the_most_likely(model: Decoder) -> None:
     prompt, k = _prompts()[0], 3
     settings: dict[str, Any] = {"stop": NO_STOP, "length": 3, "temperature": 50.0}
-    drawn = generate(model, [prompt] * 200, range(200), top_k=k, **settings)
+    drawn = generate(logits(model), [prompt] * 200, range(200), top_k=k, **settings)
     firsts = {int(continuation[0]) for continuation in drawn}
-    assert firsts == set(model(prompt[None]).logits_BSV[0, -1].topk(k).indices.tolist())
+    assert firsts == set(model(prompt[None]).x[0, -1].topk(k).indices.tolist())
     for continuation in drawn[:20]:
         seen = torch.cat([prompt, continuation])
-        logits_SV = model(seen[None]).logits_BSV[0, len(prompt) - 1 : -1]
+        logits_SV = model(seen[None]).x[0, len(prompt) - 1 : -1]
         best_SK = logits_SV.topk(k).indices
         assert (best_SK == continuation[:, None]).any(1).all()
-    free = generate(model, [prompt] * 200, range(200), **settings)
+    free = generate(logits(model), [prompt] * 200, range(200), **settings)
     assert len({int(continuation[0]) for continuation in free}) == VOCABULARY
-    greedy = generate(model, [prompt], [0], **settings | {"temperature": 0})
-    assert _lists(generate(model, [prompt], [7], top_k=1, **settings)) == _lists(greedy)
+    greedy = generate(logits(model), [prompt], [0], **settings | {"temperature": 0})
+    assert _lists(generate(logits(model), [prompt], [7], top_k=1, **settings)) == _lists(greedy)
 
 
 def test_a_continuation_ends_with_the_first_stop_id(model: Decoder) -> None:
     stop = [2, 5, 11]
     settings: dict[str, Any] = {"length": LENGTH, "temperature": 3.0}
     prompts = [_prompts()[1]] * 40
-    free = _lists(generate(model, prompts, range(40), stop=NO_STOP, **settings))
-    stopped = _lists(generate(model, prompts, range(40), stop=stop, **settings))
+    free = _lists(generate(logits(model), prompts, range(40), stop=NO_STOP, **settings))
+    stopped = _lists(generate(logits(model), prompts, range(40), stop=stop, **settings))
     assert all(len(own) == LENGTH for own in free)
     for own, longer in zip(stopped, free, strict=True):
         ends = [n for n, token in enumerate(longer) if token in stop]
@@ -87,7 +94,9 @@ def test_a_continuation_ends_with_the_first_stop_id(model: Decoder) -> None:
 
 def test_stop_ids_in_the_prompt_do_not_stop(model: Decoder) -> None:
     prompt = torch.tensor([2, 5, 2])
-    (continuation,) = generate(model, [prompt], [0], stop=[2, 5], length=1, temperature=1.0, seed=1)
+    (continuation,) = generate(
+        logits(model), [prompt], [0], stop=[2, 5], length=1, temperature=1.0, seed=1
+    )
     assert len(continuation) == 1
 
 
@@ -96,10 +105,15 @@ def test_frequencies_are_the_probabilities(model: Decoder, temperature: float) -
     """Fixed by keys, so this passes always or never: chi-square within four sigma."""
     prompt, count = _prompts()[3][:2], 3000
     drawn = generate(
-        model, [prompt] * count, range(count), stop=NO_STOP, length=1, temperature=temperature
+        logits(model),
+        [prompt] * count,
+        range(count),
+        stop=NO_STOP,
+        length=1,
+        temperature=temperature,
     )
     seen = torch.bincount(torch.cat(drawn), minlength=VOCABULARY).double()
-    prob = (model(prompt[None]).logits_BSV[0, -1] / temperature).softmax(-1).detach()
+    prob = (model(prompt[None]).x[0, -1] / temperature).softmax(-1).detach()
     expected = prob * count
     common = expected >= 5
     freedom = int(common.sum()) - 1
@@ -115,9 +129,9 @@ def test_draws_differ_by_number_seed_and_position() -> None:
         model.head.weight.zero_()
     settings: dict[str, Any] = {"stop": NO_STOP, "length": 30, "temperature": 1.0}
     prompt = torch.tensor([1])
-    one, two = _lists(generate(model, [prompt] * 2, [0, 1], **settings))
-    (other,) = _lists(generate(model, [prompt], [0], **settings, seed=1))
-    (same,) = _lists(generate(model, [prompt], [0], **settings))
+    one, two = _lists(generate(logits(model), [prompt] * 2, [0, 1], **settings))
+    (other,) = _lists(generate(logits(model), [prompt], [0], **settings, seed=1))
+    (same,) = _lists(generate(logits(model), [prompt], [0], **settings))
     assert one == same
     for first, second in ((one, two), (one, other), (one[:-1], one[1:])):
         equal = sum(a == b for a, b in zip(first, second, strict=True))
@@ -125,20 +139,23 @@ def test_draws_differ_by_number_seed_and_position() -> None:
     assert len(set(one)) > 10
 
 
-def test_training_mode_and_gradients_are_left_as_they_were(model: Decoder) -> None:
-    for mode in (True, False):
-        model.train(mode)
-        generate(model, _prompts(1), [0], stop=NO_STOP, length=2, temperature=1.0)
-        assert model.training == mode
-    assert all(parameter.grad is None for parameter in model.parameters())
-    model.eval()
+def test_it_makes_no_graph(model: Decoder) -> None:
+    seen: list[Tensor] = []
+
+    def watched(tokens_BS: Tensor, info: TokenInfo) -> Tensor:
+        seen.append(model(tokens_BS, info).x)
+        return seen[-1]
+
+    generate(watched, _prompts(1), [0], stop=NO_STOP, length=2, temperature=1.0)
+    assert len(seen) == 2
+    assert not any(own.requires_grad for own in seen)
 
 
 def test_no_prompts_and_empty_prompts(model: Decoder) -> None:
     settings: dict[str, Any] = {"stop": NO_STOP, "length": 3, "temperature": 1.0}
-    assert generate(model, [], [], **settings) == []
+    assert generate(logits(model), [], [], **settings) == []
     with pytest.raises(ValueError, match="at least one token"):
-        generate(model, [torch.tensor([], dtype=torch.int64)], [0], **settings)
+        generate(logits(model), [torch.tensor([], dtype=torch.int64)], [0], **settings)
 
 
 SPLITS = {
@@ -151,13 +168,13 @@ SPLITS = {
 def _on_rank(rank: int) -> dict[str, dict[int, list[int]]]:
     group = dist.group.WORLD
     assert group is not None
-    model = decoder(config(), AllToAllExchange(group), group)
+    model = decoder(config(), expert_parallel(group)).eval()
     prompts = _prompts()
     results = {}
     for name, split in SPLITS.items():
         mine = split[rank]
         drawn = generate(
-            model,
+            logits(model),
             [prompts[n] for n in mine],
             mine,
             stop=[0],
@@ -171,7 +188,9 @@ def _on_rank(rank: int) -> dict[str, dict[int, list[int]]]:
 
 
 def test_prompts_split_over_ranks_with_experts_spread(model: Decoder) -> None:
-    alone = generate(model, _prompts(), range(4), stop=[0], length=LENGTH, temperature=1.0, seed=5)
+    alone = generate(
+        logits(model), _prompts(), range(4), stop=[0], length=LENGTH, temperature=1.0, seed=5
+    )
     truth = dict(enumerate(_lists(alone)))
     first, second = run_ranks(2, _on_rank)
     for name, split in SPLITS.items():

@@ -1,34 +1,27 @@
 """Initial weights: all of them set, by seed and name alone."""
 
-from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from coterie.comm.exchange.base import ExpertFunction, Rows
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.comm.axis import Axes, Axis
+from coterie.models.decoder import Decoder, DecoderConfig, DecoderPart
 from coterie.models.initialise import initialise
+from coterie.models.placement import boxes_of
 from tests.models.tiny_decoder import config
 
 
-@dataclass(frozen=True)
-class _Place:
-    """An exchange that only says which experts this rank holds."""
-
-    rank: int
-    ranks: int
-
-    def __call__(self, x_TD: Tensor, assignment: Rows, experts: ExpertFunction) -> Tensor:
-        raise AssertionError("nothing is sent here")
-
-
 def _model(
-    settings: DecoderConfig, seed: int = 0, branches: int = 6, place: _Place | None = None
+    settings: DecoderConfig,
+    seed: int = 0,
+    branches: int = 6,
+    axes: Axes = Axes(),
+    part: DecoderPart | None = None,
 ) -> Decoder:
     """NaN everywhere before it is initialised."""
-    model = Decoder(settings, place)
+    model = Decoder(settings, axes, part)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -52,12 +45,29 @@ def test_every_parameter_is_set(name: str) -> None:
 
 def test_experts_of_two_ranks_are_those_of_one() -> None:
     whole = dict(_model(config()).named_parameters())
-    halves = [dict(_model(config(), place=_Place(r, 2)).named_parameters()) for r in range(2)]
+    axes = [Axes(ep=Axis("ep", rank, 2)) for rank in range(2)]
+    halves = [dict(_model(config(), axes=own).named_parameters()) for own in axes]
     for name, parameter in whole.items():
         if ".experts." in name:
             assert torch.equal(torch.cat([half[name] for half in halves]), parameter), name
         else:
             assert all(torch.equal(half[name], parameter) for half in halves), name
+
+
+def test_a_part_of_a_model_has_the_numbers_of_the_whole() -> None:
+    """Split over tp, ep and etp, and into stages: no element differs from the whole model's."""
+    settings = config(moe={"experts": {"count": 4, "hidden": 6}, "shared": {"hidden": 6}})
+    whole = dict(_model(settings).named_parameters())
+    seen: dict[str, int] = {}
+    parts = (DecoderPart(range(2), True, False), DecoderPart(range(2, 3), False, True))
+    for rank, part in product(range(2), parts):
+        axes = Axes(tp=Axis("tp", rank, 2), ep=Axis("ep", 1 - rank, 2), etp=Axis("etp", rank, 2))
+        model = _model(settings, axes=axes, part=part)
+        for name, box in boxes_of(model).items():
+            assert torch.equal(model.get_parameter(name), whole[name][box.slices]), name
+            seen[name] = seen.get(name, 0) + box.numel
+    assert seen.keys() == whole.keys()
+    assert sum(seen[name] < 2 * whole[name].numel() for name in whole) > 20  # really split
 
 
 def test_weights_depend_on_seed_and_name_alone() -> None:
@@ -75,7 +85,7 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
     for name in drawn:
         assert first[name].ne(other[name]).all(), name
     matrices = [first[name].flatten()[:60] for name in drawn]
-    matrices += [expert.flatten()[:60] for expert in first["blocks.1.moe.experts.w_in_EHD"]]
+    matrices += [expert.flatten()[:60] for expert in first["blocks.1.moe.experts.w_in_EPFD"]]
     assert torch.stack(matrices)[:, 0].unique().numel() == len(matrices) - 1  # expert 0 twice
 
 
@@ -95,11 +105,11 @@ def test_standard_deviations() -> None:
         "blocks.0.attention.k.weight": 64**-0.5,
         "blocks.0.attention.v.weight": 64**-0.5,
         "blocks.0.attention.out.weight": 64**-0.5 / 3,
-        "blocks.0.feed_forward.w_in_HD": 64**-0.5,
+        "blocks.0.feed_forward.w_in_PFD": 64**-0.5,
         "blocks.0.feed_forward.w_out_FD": 128**-0.5 / 3,
-        "blocks.1.moe.experts.w_in_EHD": 64**-0.5,
+        "blocks.1.moe.experts.w_in_EPFD": 64**-0.5,
         "blocks.1.moe.experts.w_out_EFD": 96**-0.5 / 3,
-        "blocks.1.moe.shared.w_in_HD": 64**-0.5,
+        "blocks.1.moe.shared.w_in_PFD": 64**-0.5,
         "blocks.1.moe.shared.w_out_FD": 80**-0.5 / 3,
         "blocks.1.moe.router.weight": 0.02,
     }

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from coterie.comm.exchange.base import Exchange
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.comm.axis import Axes
+from coterie.models.decoder import Decoder, DecoderConfig, Recompute
 from coterie.models.initialise import initialise
 
 VOCABULARY = 23
@@ -34,13 +33,12 @@ def config(router: dict[str, Any] | None = None, **settings: Any) -> DecoderConf
 
 def decoder(
     settings: DecoderConfig,
-    exchange: Exchange | None = None,
-    group: ProcessGroup | None = None,
-    recompute: bool = False,
+    axes: Axes = Axes(),
+    recompute: Recompute = "none",
     seed: int = 0,
 ) -> Decoder:
     """Initialised; embedding, routers and experts large enough for every choice to matter."""
-    model = Decoder(settings, exchange, group, recompute).double()
+    model = Decoder(settings, axes, recompute=recompute).double()
     initialise(model, seed, residual_branches=2 * settings.layers)
     with torch.no_grad():
         model.embedding.weight.mul_(50)

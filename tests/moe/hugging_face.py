@@ -49,7 +49,7 @@ def block_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors (weights or gradients) of a sparse block, by the names of our ``MoELayer``."""
     ours = {
         "router.weight": tensors["gate.weight"],
-        "experts.w_in_EHD": tensors["experts.gate_up_proj"],
+        "experts.w_in_EPFD": tensors["experts.gate_up_proj"].unflatten(1, (2, -1)),
         "experts.w_out_EFD": tensors["experts.down_proj"].transpose(1, 2),
     }
     shared = _inside("shared_experts.", tensors)
@@ -88,8 +88,8 @@ def model_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _dense_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not tensors:
         return {}
-    gate_up = torch.cat([tensors["gate_proj.weight"], tensors["up_proj.weight"]])
-    return {"w_in_HD": gate_up, "w_out_FD": tensors["down_proj.weight"].t()}
+    gate_up = torch.stack([tensors["gate_proj.weight"], tensors["up_proj.weight"]])
+    return {"w_in_PFD": gate_up, "w_out_FD": tensors["down_proj.weight"].t()}
 
 
 def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

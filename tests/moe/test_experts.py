@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import peak_bytes
+from coterie.comm.axis import Axis
 from coterie.moe import grouped_ffn as module
 from coterie.moe.activations import ActivationName
 from coterie.moe.experts import Experts, ExpertsConfig
@@ -154,10 +155,21 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(
 
 def test_experts_of_a_rank_are_numbered_from_its_first() -> None:
     config = ExpertsConfig(count=6, hidden=FH)
-    assert [Experts(D, config, rank, 3).first for rank in range(3)] == [0, 2, 4]
-    assert Experts(D, config, 1, 3).w_in_EHD.shape == (2, 2 * FH, D)
-    with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks"):
-        Experts(D, config, 0, 4)
+    ranks = [Axis("ep", rank, 3) for rank in range(3)]
+    assert [Experts(D, config, rank).first for rank in ranks] == [0, 2, 4]
+    assert Experts(D, config, ranks[1]).w_in_EPFD.shape == (2, 2, FH, D)
+    with pytest.raises(ValueError, match="experts 6 does not divide over 4 ranks"):
+        Experts(D, config, Axis("ep", 0, 4))
+
+
+def test_experts_are_cut_along_their_hidden_width() -> None:
+    config, ep = ExpertsConfig(count=4, hidden=6), Axis("ep", 1, 2)
+    slices = [Experts(D, config, ep, Axis("etp", rank, 3)) for rank in range(3)]
+    for own in slices:
+        assert own.first == 2
+        assert own.w_in_EPFD.shape == (2, 2, 2, D) and own.w_out_EFD.shape == (2, 2, D)
+    with pytest.raises(ValueError, match="hidden 6 does not divide over 4 ranks"):
+        Experts(D, config, ep, Axis("etp", 0, 4))
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=list(LOADS))

@@ -209,7 +209,7 @@ def test_a_whole_model_gives_the_same_logits_and_gradients(name: str) -> None:
     with InDouble():
         their_logits = theirs(input_ids=tokens_BS, use_cache=False).logits
     their_logits.backward(dlogits)
-    our_logits = model(tokens_BS).logits_BSV
+    our_logits = model(tokens_BS).x
     our_logits.backward(dlogits)
 
     assert error(our_logits, their_logits) <= LIMIT

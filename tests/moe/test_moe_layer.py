@@ -19,7 +19,7 @@ ACTIVATIONS: tuple[ActivationName, ...] = ("swiglu", "gelu", "relu2")
 
 
 def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
-    """One expert, with autograd's own derivatives."""
+    """One expert, with autograd's own derivatives; ``w_in`` is H × D."""
     h = x @ w_in.t()
     if activation == "swiglu":
         half = h.shape[-1] // 2
@@ -38,10 +38,11 @@ def plain_layer(layer: MoELayer, x_TD: Tensor, activation: str, k: int) -> Tenso
         best = prob.argsort(descending=True)[:k]
         y = torch.zeros_like(x)
         for e in best.tolist():
-            w_in, w_out = layer.experts.w_in_EHD[e], layer.experts.w_out_EFD[e]
+            w_in, w_out = layer.experts.w_in_EPFD[e].flatten(0, 1), layer.experts.w_out_EFD[e]
             y = y + prob[e] / prob[best].sum() * feed_forward(x, w_in, w_out, activation)
         if layer.shared is not None:
-            own = feed_forward(x, layer.shared.w_in_HD, layer.shared.w_out_FD, activation)
+            w_in, w_out = layer.shared.w_in_PFD.flatten(0, 1), layer.shared.w_out_FD
+            own = feed_forward(x, w_in, w_out, activation)
             if layer.shared_gate_D is not None:
                 own = own * torch.sigmoid(layer.shared_gate_D @ x)
             y = y + own

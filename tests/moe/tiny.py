@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from coterie.comm.exchange.base import Exchange
+from coterie.comm.axis import Axes
 from coterie.moe.activations import ActivationName
 from coterie.moe.experts import ExpertsConfig
 from coterie.moe.feed_forward import FeedForwardConfig
@@ -44,8 +43,7 @@ def tiny_layer(
     activation: ActivationName = "swiglu",
     shared: int | None = None,
     shared_gate: bool = False,
-    exchange: Exchange | None = None,
-    group: ProcessGroup | None = None,
+    axes: Axes = Axes(),
     seed: int = 0,
 ) -> MoELayer:
     """A layer in float64 with random weights."""
@@ -55,7 +53,7 @@ def tiny_layer(
         shared=None if shared is None else FeedForwardConfig(hidden=shared, activation=activation),
         shared_gate=shared_gate,
     )
-    layer = MoELayer(width, config, exchange, group).double()
+    layer = MoELayer(width, config, axes).double()
     randomise(layer, seed)
     return layer
 

@@ -11,12 +11,14 @@ from coterie.models import Decoder
 from coterie.moe.routers.top_k import TopKRouter
 from coterie.moe.tokens import TokenInfo
 from coterie.parallel.evaluate import evaluate
+from coterie.parallel.model import ParallelModel
 from tests.distributed import run_ranks
 from tests.parallel.tiny import (
     ALONE,
     SEQUENCE,
     VOCABULARY,
     bits_differ,
+    decoder_of,
     held_out_of,
     join,
     model_of,
@@ -27,11 +29,13 @@ from tests.parallel.tiny import (
 ROWS = 7
 
 
-def sharp_model(data: Path, ranks: Any) -> Decoder:
+def sharp_model(data: Path, ranks: Any, **axes: int) -> ParallelModel:
     """One whose router and embedding matter."""
-    model = model_of(tiny_config(data), ranks)
+    model = model_of(tiny_config(data, parallel=axes), ranks)
     with torch.no_grad():
-        model.embedding.weight.mul_(50)
+        for name, parameter in model.named():
+            if name == "embedding.weight":
+                parameter.mul_(50)
         for module in model.modules():
             if isinstance(module, TopKRouter):
                 module.weight.mul_(30)
@@ -50,7 +54,7 @@ def plain_loop(model: Decoder, dataset: TokenDataset, rows: int) -> dict[str, fl
             padding_T=batch.tokens_BS.flatten() == VOCABULARY.pad,
             modality_T=batch.modality_BS.flatten(),
         )
-        log_prob_SV = model(batch.tokens_BS, info).logits_BSV[0].log_softmax(-1)
+        log_prob_SV = model(batch.tokens_BS, info).x[0].log_softmax(-1)
         for place in range(SEQUENCE):
             target = int(batch.targets_BS[0, place])
             if target != IGNORE:
@@ -64,21 +68,26 @@ def plain_loop(model: Decoder, dataset: TokenDataset, rows: int) -> dict[str, fl
     }
 
 
-def evaluated(data: Path, ranks: Any, cases: list[tuple[int, int | None]]) -> list[Any]:
-    model = sharp_model(data, ranks)
+def evaluated(
+    data: Path, ranks: Any, cases: list[tuple[int, int | None]], **axes: int
+) -> list[Any]:
+    model = sharp_model(data, ranks, **axes)
     held_out = held_out_of(tiny_config(data))
-    return [evaluate(model, held_out, ranks, "fp64", batch, limit) for batch, limit in cases]
+    return [evaluate(model, held_out, "fp64", batch, limit) for batch, limit in cases]
+
+
+LAYOUTS: list[dict[str, Any]] = [{}, {"ep": 2}, {"cp": 2}, {"pp": 2}, {"dp_shard": 2}]
 
 
 def on_rank(rank: int, data: Path, cases: Any) -> list[list[Any]]:
-    return [evaluated(data, join(2, ep), cases) for ep in (1, 2)]
+    return [evaluated(data, join(2, **axes), cases, **axes) for axes in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
 def expected(data: Path) -> dict[int, dict[str, float]]:
     model, held_out = sharp_model(data, ALONE), held_out_of(tiny_config(data))
     assert len(held_out) == ROWS
-    return {rows: plain_loop(model, held_out, rows) for rows in range(1, ROWS + 1)}
+    return {rows: plain_loop(decoder_of(model), held_out, rows) for rows in range(1, ROWS + 1)}
 
 
 def test_the_case_can_tell(expected: dict[int, dict[str, float]]) -> None:
@@ -100,7 +109,8 @@ def test_ranks_equal_the_loop(data: Path, expected: dict[int, dict[str, float]])
     cases = [(batch, limit) for batch in (2, 4, 8) for limit in (None, 1, 3, 4, 5, 7)]
     first, second = run_ranks(2, on_rank, data, cases)
     assert first == second
-    for results in first:  # ep 1, then ep 2
+    assert len(first) == len(LAYOUTS)
+    for results in first:
         for (_, limit), metrics in zip(cases, results, strict=True):
             assert metrics == pytest.approx(expected[limit or ROWS], rel=1e-12)
 
@@ -110,7 +120,7 @@ def test_it_leaves_the_model_as_it_was(data: Path) -> None:
     before = weights(model)
     for training in (True, False):
         model.train(training)
-        evaluate(model, held_out, ALONE, "fp64", 2)
+        evaluate(model, held_out, "fp64", 2)
         assert [module.training for module in model.modules()] == [training] * len(
             list(model.modules())
         )

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from coterie.parallel.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from coterie.core.box import Box
+from coterie.parallel.optimizer import Optimizer, OptimizerConfig, learning_rate
+from coterie.parallel.placement import Place
 from tests.parallel.tiny import relative_error
 
 
@@ -31,7 +33,18 @@ def test_the_rate_is_defined_at_every_step(warmup: int) -> None:
     assert max(rates) == rates[max(0, warmup - 1)] == 1
 
 
-class _Net(nn.Module):
+class _Model(nn.Module):
+    """The part of a parallel model that the optimizer sees; nothing is split."""
+
+    named = nn.Module.named_parameters
+
+    @property
+    def places(self) -> dict[str, Place]:
+        boxes = {name: Box.all_of(tuple(p.shape)) for name, p in self.named()}
+        return {name: Place(box, False, False, True) for name, box in boxes.items()}
+
+
+class _Net(_Model):
     def __init__(self) -> None:
         super().__init__()
         gen = torch.Generator().manual_seed(1)
@@ -50,7 +63,7 @@ CONFIG = OptimizerConfig(lr=0.1, betas=(0.6, 0.7), eps=1e-3, weight_decay=0.3, w
 def test_adamw_follows_its_equations() -> None:
     """Loshchilov & Hutter, arXiv 1711.05101, algorithm 2, with a rate that changes."""
     net = _Net()
-    optimizer = build_optimizer(net, CONFIG)
+    optimizer = Optimizer(net, CONFIG)
     gen = torch.Generator().manual_seed(2)
     expected = {name: p.detach().clone() for name, p in net.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -58,8 +71,8 @@ def test_adamw_follows_its_equations() -> None:
     beta1, beta2 = CONFIG.betas
     for step in range(3):
         rate = learning_rate(step, 3, CONFIG)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.lr = rate
+        assert optimizer.lr == rate
         for name, p in net.named_parameters():
             gradient = torch.randn(p.shape, generator=gen, dtype=torch.float64)
             p.grad = gradient.clone()
@@ -80,7 +93,7 @@ def test_gains_do_not_decay() -> None:
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
-    build_optimizer(net, CONFIG).step()
+    Optimizer(net, CONFIG).step()
     after = dict(net.named_parameters())
     assert torch.equal(after["gain"], before["gain"])
     for name in ("stacked", "matrix"):
@@ -88,5 +101,20 @@ def test_gains_do_not_decay() -> None:
 
 
 def test_a_model_without_vectors_has_one_group() -> None:
-    groups = build_optimizer(nn.Linear(3, 2, bias=False), CONFIG).param_groups
+    net = _Model()
+    net.matrix = nn.Parameter(torch.zeros(3, 2))
+    groups = Optimizer(net, CONFIG).adamw.param_groups
     assert [len(group["params"]) for group in groups] == [1]
+
+
+def test_dropped_gradients_change_nothing() -> None:
+    net = _Net()
+    optimizer = Optimizer(net, CONFIG)
+    before = {name: p.detach().clone() for name, p in net.named()}
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+    optimizer.step()
+    for name, p in net.named():
+        assert torch.equal(p.detach(), before[name])

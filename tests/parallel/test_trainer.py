@@ -31,6 +31,7 @@ from tests.parallel.tiny import (
     Recorder,
     bits_differ,
     checkpointer_of,
+    decoder_of,
     join,
     relative_error,
     state_of,
@@ -103,7 +104,7 @@ def test_the_comparison_can_fail(data: Path, tmp_path: Path) -> None:
 
     def without_moments(self: Trainer, checkpoint: Path) -> None:
         right(self, checkpoint)
-        for state in self.optimizer.state.values():
+        for state in self.optimizer.adamw.state.values():
             state["exp_avg_sq"].zero_()
 
     def without_place(self: Trainer, checkpoint: Path) -> None:
@@ -135,7 +136,7 @@ def test_resume_is_exact_on_two_ranks_and_on_another_layout(data: Path, tmp_path
     shards = [torch.load(tmp_path / f"end{rank}.pt") for rank in (0, 1)]
     for name, tensor in end.items():
         parts = [shard[name] for shard in shards]
-        expert = ".experts." in name and tensor.dim() == 3
+        expert = ".experts." in name and tensor.dim() >= 3
         there = torch.cat(parts) if expert else parts[0]
         assert relative_error(tensor, there) < 1e-12, name
     for ours, theirs in zip(recorder.reports, reports[HALF:], strict=True):
@@ -216,7 +217,8 @@ def test_every_zero_is_after_the_last_step_only(data: Path, tmp_path: Path) -> N
 def test_monitors_are_closed_when_a_step_fails(data: Path, tmp_path: Path) -> None:
     images = _Images()
     with started(config_of(data), ALONE, tmp_path, images) as (trainer, _):
-        trainer.model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+        head: Any = decoder_of(trainer.model).head
+        head.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.run(tmp_path)
     assert images.closed == 1
@@ -353,7 +355,7 @@ def test_slow_bf16_is_told(
     assert (line in told) == warned
     assert ("warning" in told) == warned
     used = {"auto": "fp32"}.get(precision, precision)
-    assert f"1 process (expert parallel 1) on cpu in {used}\n" in told
+    assert f"1 process on cpu in {used}\n" in told
 
 
 def test_train_then_resume_with_more_steps(data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny mixture of experts, its data, and the pieces of a run, on one process or on several."""
 
 from datetime import timedelta
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from coterie.data import Sampler, TokenDataset, Vocabulary, open_dataset, write_dataset
 from coterie.launch.assemble import build_model
 from coterie.launch.config import RunConfig
+from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer
 from coterie.parallel.distributed import Ranks, make_groups
 from coterie.parallel.layout import Layout
@@ -69,17 +71,24 @@ def tiny_config(data: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def join(world: int, ep: int) -> Ranks:
+def join(world: int, ep: int = 1, **axes: Any) -> Ranks:
     """This process's place among ``world`` ranks of the default group; ``ALONE`` without one."""
     if world == 1:
         return ALONE
     assert dist.get_world_size() == world
-    layout = Layout(ep=ep, dp_replicate=world)
+    split = prod(axes.get(name, 1) for name in ("pp", "tp", "cp", "dp_shard"))
+    layout = Layout(ep=ep, dp_replicate=world // split, **axes)
     return make_groups(layout, torch.device("cpu"), timedelta(seconds=60))
 
 
 def model_of(config: RunConfig, ranks: Ranks) -> ParallelModel:
     return build_model(config, ranks)
+
+
+def decoder_of(model: ParallelModel) -> Decoder:
+    """The whole decoder, or the one stage of it that is here."""
+    (decoder,) = model.decoders
+    return decoder
 
 
 def sampler_of(config: RunConfig) -> Sampler:
