@@ -1,13 +1,14 @@
 """Which layouts are possible: each rule with its sentence, and the nearest layouts that work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import lcm
+from typing import get_args
 
 from coterie.core.errors import UserError
 from coterie.models import DecoderConfig
 from coterie.parallel.layout import Layout, LayoutConfig, Schedule, stage_blocks
 
-_SEARCHED = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp_shard")
+_SIZES = ("tp", "pp", "cp", "ep", "etp", "dp_shard", "dp_replicate")
 _SHOWN = 3
 
 
@@ -74,11 +75,12 @@ def _world(config: LayoutConfig, world: int) -> Iterator[str]:
     product = config.pp * config.tp * config.cp * config.dp_shard
     sizes = f"pp {config.pp} × tp {config.tp} × cp {config.cp} × dp_shard {config.dp_shard}"
     if world % product:
-        yield f"parallel: {world} processes do not divide by {sizes} = {product}"
+        do = "process does" if world == 1 else "processes do"
+        yield f"parallel: {world} {do} not divide by {sizes} = {product}"
     elif config.dp_replicate is not None and product * config.dp_replicate != world:
         yield (
             f"parallel: {sizes} × dp_replicate {config.dp_replicate} = "
-            f"{product * config.dp_replicate}, but there are {world} processes"
+            f"{product * config.dp_replicate}, but the number of processes is {world}"
         )
 
 
@@ -160,28 +162,31 @@ def _pipeline(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
 
 
 def _advice(config: LayoutConfig, world: int, model: DecoderConfig) -> str:
-    """The end of the sentence: layouts that differ from ``config`` in one axis, and work."""
+    """The end of the sentence: layouts that differ from ``config`` in one key, and work."""
+
+    def fits(name: str, value: object) -> bool:
+        changed = config.model_copy(update={name: value})
+        return value != getattr(config, name) and broken_rule(changed, world, model) is None
+
+    sizes: dict[str, Sequence[int]] = {name: _divisors(world) for name in _SIZES}
+    sizes["vpp"] = range(1, model.layers + 1)
     found: list[str] = []
-    for name in _SEARCHED:
-        now = getattr(config, name)
-        fitting = [
-            size
-            for size in range(1, world + 1)
-            if world % size == 0
-            and size != now
-            and broken_rule(_changed(config, name, size), world, model) is None
-        ]
-        if fitting:
-            near = sorted(fitting, key=lambda size: abs(size - now))[:_SHOWN]
-            found.append(f"{name} {' or '.join(map(str, sorted(near)))}")
-    if not found:
-        return "; no change of one axis makes it fit"
-    return f"; what fits instead: {', or '.join(found)}"
+    for name, candidates in sizes.items():
+        now = getattr(config, name) or 1
+        near = sorted((s for s in candidates if fits(name, s)), key=lambda s: abs(s - now))
+        if near:
+            found.append(f"{name} {' or '.join(map(str, sorted(near[:_SHOWN])))}")
+    names = [schedule for schedule in get_args(Schedule) if fits("schedule", schedule)]
+    if names:
+        found.append(f"schedule {' or '.join(names)}")
+    found += [f"{name} null" for name in ("schedule", "stages") if fits(name, None)]
+    if found:
+        return f"; what fits instead: {', or '.join(found)}"
+    least = smallest_world(config)
+    if broken_rule(config, least, model) is None:
+        return f"; what fits instead: {least} processes"
+    return "; no change of one key makes it fit"
 
 
-def _changed(config: LayoutConfig, name: str, size: int) -> LayoutConfig:
-    """``config`` with one axis of another size; what names single stages gives way."""
-    gone = {"dp_replicate": None}
-    if name in ("pp", "vpp"):
-        gone |= {"stages": None, "schedule": None}
-    return config.model_copy(update={name: size, **gone})
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -62,9 +62,21 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "a number in quotes": (["train.steps='3'"], ["train.steps is '3'", "without quotes"]),
     "a float for a whole": (["train.steps=1e3"], ["is 1000.0", "write 1000"]),
     "a boolean for a number": (["train.steps=true"], ["train.steps is true", "whole number"]),
-    "yes": (["train.recompute=yes"], ["train.recompute is 'yes'", "write true"]),
-    "off": (["train.recompute=off"], ["train.recompute is 'off'", "write false"]),
-    "a number for a boolean": (["train.recompute=1"], ["train.recompute is 1", "true or false"]),
+    "yes": (["model.tie_embeddings=yes"], ["model.tie_embeddings is 'yes'", "write true"]),
+    "off": (["model.tie_embeddings=off"], ["model.tie_embeddings is 'off'", "write false"]),
+    "a number for a boolean": (
+        ["model.tie_embeddings=1"],
+        ["model.tie_embeddings is 1", "true or false"],
+    ),
+    "a boolean for a choice": (
+        ["train.recompute=true"],
+        ["train.recompute is true", "none or selective or full"],
+    ),
+    "an unknown schedule": (
+        ["parallel.schedule=zvb"],
+        ["parallel.schedule is 'zvb'", "1f1b or interleaved", "did you mean 'zbv'"],
+    ),
+    "an axis of none": (["parallel.tp=0"], ["parallel.tp is 0", "a whole number ≥ 1"]),
     "a number for text": (["data.path=5"], ["data.path is 5", "put it in quotes"]),
     "nothing for a number": (["train.steps="], ["train.steps is null", "whole number"]),
     "not a number": (["optimizer.lr=.nan"], ["optimizer.lr is nan", "a number > 0"]),
@@ -117,27 +129,94 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "device as config": (["train", "/dev/null"], ["/dev/null", "not a regular file"]),
     "ep does not divide the world": (
         [*TRAIN, "4", "parallel.ep=3"],
-        ["parallel.ep is 3", "4 processes", "[1, 2, 4]"],
+        ["parallel.ep is 3", "model.moe.experts.count 4", "fits instead: ep 1 or 2 or 4"],
     ),
     "ep does not divide the experts": (
         [*TRAIN, "8", "parallel.ep=8"],
-        ["parallel.ep is 8", "model.moe.experts.count 4", "[1, 2, 4]"],
+        ["parallel.ep is 8", "model.moe.experts.count 4", "fits instead: ep 1 or 2 or 4"],
     ),
     "ep without experts": (
         [*TRAIN, "2", "parallel.ep=2", "model.moe=null", "model.feed_forward.hidden=8"],
-        ["parallel.ep is 2", "no experts"],
+        ["parallel.ep is 2", "no experts", "fits instead: ep 1"],
+    ),
+    "the layout does not divide the world": (
+        [*TRAIN, "6", "parallel.dp_shard=4"],
+        ["6 processes", "dp_shard 4", "fits instead: dp_shard 2 or 3 or 6"],
+    ),
+    "the layout is not the world": (
+        [*TRAIN, "8", "parallel.dp_replicate=2"],
+        ["dp_replicate 2 = 2", "processes is 8", "dp_replicate 8"],
+    ),
+    "heads over tp": (
+        [*TRAIN, "4", "parallel.tp=4"],
+        ["parallel.tp is 4", "model.attention.heads 2", "fits instead: tp 1 or 2"],
+    ),
+    "hidden over tp": (
+        [*TRAIN, "2", "parallel.tp=2", "model.moe.shared.hidden=7"],
+        ["parallel.tp is 2", "model.moe.shared.hidden 7", "fits instead: tp 1"],
+    ),
+    "hidden over etp": (
+        [*TRAIN, "4", "parallel.etp=3"],
+        ["parallel.etp is 3", "model.moe.experts.hidden 16", "etp 1 or 2 or 4"],
+    ),
+    "experts over the ranks of a stage": (
+        [*TRAIN, "4", "parallel.pp=2", "parallel.ep=4"],
+        ["ep 4", "the 2 ranks of a pipeline stage", "ep 1 or 2"],
+    ),
+    "experts over shards": (
+        [*TRAIN, "12", "parallel.dp_shard=3", "parallel.ep=2"],
+        ["with dp_shard 3", "must be multiples", "dp_shard 1 or 2 or 4"],
+    ),
+    "stages without a pipeline": (
+        [*TRAIN, "2", "parallel.stages=[2]"],
+        ["need a pipeline, but pp is 1", "stages null"],
+    ),
+    "vpp of a schedule": (
+        [*TRAIN, "2", "parallel.pp=2", "parallel.schedule=zbv", "parallel.stages=[1,1]"],
+        ["parallel.vpp is 1", "schedule zbv needs 2", "schedule 1f1b or zero_bubble"],
+    ),
+    "more stages than blocks": (
+        [*TRAIN, "4", "parallel.pp=4"],
+        ["4 stages (pp 4 × vpp 1)", "model.layers is 2", "pp 1 or 2"],
+    ),
+    "blocks of stages": (
+        [*TRAIN, "2", "parallel.pp=2", "parallel.stages=[2,1]"],
+        ["parallel.stages [2, 1]", "sum to model.layers 2", "stages null"],
+    ),
+    "a tied pipeline": (
+        [*TRAIN, "2", "parallel.pp=2", "model.tie_embeddings=true"],
+        ["parallel.pp is 2", "model.tie_embeddings", "fits instead: pp 1"],
+    ),
+    "the sequence over tp and cp": (
+        [*TRAIN, "6", "parallel.cp=3", "parallel.tp=2"],
+        ["data.sequence is 32", "multiple of 12", "use 24 or 36"],
+    ),
+    "few micro-batches for a pipeline": (
+        [*TRAIN, "2", "parallel.pp=2"],
+        ["train.accumulation is 1", "a pipeline of 2 ranks", "use 2 or more"],
+    ),
+    "odd micro-batches for a schedule": (
+        [
+            *(*TRAIN, "2", "parallel.pp=2", "parallel.schedule=zero_bubble"),
+            *("train.accumulation=3", "train.global_batch=9"),
+        ],
+        ["train.accumulation is 3", "zero_bubble over 2 ranks", "use 2 or 4"],
     ),
     "batch does not divide": (
         [*TRAIN, "3"],
-        ["train.global_batch is 8", "3 processes", "use 6 or 9"],
+        ["train.global_batch is 8", "3 data-parallel ranks", "use 6 or 9"],
     ),
     "evaluation batch does not divide": (
         [*TRAIN, "8", "evaluation.batch=12"],
-        ["evaluation.batch is 12", "8 processes", "use 8 or 16"],
+        ["evaluation.batch is 12", "8 data-parallel ranks", "use 8 or 16"],
     ),
     "the default world does not fit": (
         ["train", "good.yaml", "parallel.ep=4", "train.global_batch=6"],
-        ["train.global_batch is 6", "4 processes"],
+        ["train.global_batch is 6", "4 data-parallel ranks"],
+    ),
+    "the default world of a layout": (
+        ["train", "good.yaml", "parallel.tp=2", "parallel.dp_shard=4", "train.global_batch=6"],
+        ["train.global_batch is 6", "4 data-parallel ranks"],
     ),
     "no dataset": (
         [*TRAIN, "1", "data.path=nowhere"],
@@ -157,7 +236,10 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
         [*TRAIN, "1", "model.vocabulary=256", "data.path=null"],
         ["model.vocabulary is 256", "built-in corpus", "277"],
     ),
-    "a shipped config without its data": (["train", "deepseek_v3_like", "--nproc", "64"], ["data"]),
+    "a shipped config without its data": (
+        ["train", "deepseek_v3_like", "--nproc", "256"],
+        ["data.path"],
+    ),
     "a run already": (
         [*TRAIN, "1", "--run-dir", "runs/done"],
         ["runs/done: holds a run already", "coterie resume runs/done"],
@@ -195,7 +277,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "verify nothing": (["data", "verify", "nowhere"], ["nowhere"]),
     "show for a wrong world": (
         ["config", "show", "mixtral_8x7b", "--nproc", "12"],
-        ["parallel.ep is 8", "12 processes"],
+        ["12 processes", "dp_shard 16 = 64", "fits instead: 64 processes"],
     ),
     "schema of an unknown key": (["config", "schema", "model.mo"], ["'model.mo'", "'model.moe'"]),
     "config without sub-command": (["config", "shwo"], ["'shwo'", "show"]),
@@ -311,7 +393,7 @@ def test_a_misspelt_compulsory_key_is_one_mistake(
     ("arguments", "needles"),
     [
         (["train", "good.yaml", "train.stesp=3"], ["'train.steps'"]),
-        (["train", "good.yaml", "--nproc", "2", "train.global_batch=3"], ["2 processes"]),
+        (["train", "good.yaml", "--nproc", "2", "train.global_batch=3"], ["2 data-parallel ranks"]),
         (["train", "goood.yaml"], ["'good.yaml'"]),
     ],
 )

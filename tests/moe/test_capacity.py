@@ -1,17 +1,22 @@
 """Capacity: which rows stay, against plain loops."""
 
 import math
+from dataclasses import fields
 from fractions import Fraction
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coterie.comm.axis import Axis
+from coterie.comm.sequence import sequence_part
 from coterie.moe.routers.capacity import within_capacity
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.tokens import TokenInfo
+from tests.distributed import run_ranks
 from tests.moe.tiny import identity_router, randn
 
 FACTORS = ["0.1", "0.25", "0.5", "0.7", "0.9", "1", "1.1", "1.25", "1.3", "2", "8"]
@@ -117,3 +122,72 @@ def test_sequences_do_not_compete() -> None:
     dropped = sum(routing.stats.dropped_E for routing in alone)
     assert torch.equal(together.stats.dropped_E, dropped)
     assert int(dropped.sum()) == 2 * 23 - len(pairs) > 0
+
+
+# --- parts of sequences -------------------------------------------------------------------------
+
+ROWS, LENGTH, EXPERTS = 3, 16, 4
+DROPS = [
+    {"drop": drop, "capacity_factor": factor}
+    for drop in ("position", "score")
+    for factor in (0.5, 1.0)
+]
+
+
+def whole_sequences() -> tuple[Tensor, TokenInfo]:
+    x_TD = randn(ROWS * LENGTH, EXPERTS, seed=8)
+    x_TD[:, 0] += 1.0  # one expert is crowded
+    place_T = torch.arange(ROWS * LENGTH)
+    return x_TD, TokenInfo(
+        padding_T=place_T % LENGTH >= 13,
+        sequence_T=place_T // LENGTH,
+        position_T=place_T % LENGTH,
+    )
+
+
+def parts_of(x_TD: Tensor, cp: Axis, tp: Axis) -> Tensor:
+    """What a rank holds of ROWS whole sequences."""
+    return sequence_part(x_TD.unflatten(0, (ROWS, LENGTH)), cp, tp).flatten(0, 1)
+
+
+def parts_on_rank(rank: int, cp_size: int, tp_size: int) -> list[dict[str, Tensor]]:
+    cp, tp = Axis("cp", rank // tp_size, cp_size), Axis("tp", rank % tp_size, tp_size)
+    sequence = Axis("sequence", rank, cp_size * tp_size, dist.group.WORLD)
+    x_TD, info = whole_sequences()
+    facts = {field.name: getattr(info, field.name) for field in fields(info)}
+    own = {n: None if x is None else parts_of(x, cp, tp) for n, x in facts.items()}
+    place_T = parts_of(torch.arange(ROWS * LENGTH), cp, tp)
+    found = []
+    for drop in DROPS:
+        router = identity_router(TopKConfig.model_validate({"k": 2, **drop}), EXPERTS)
+        router.sequence = sequence
+        routing = router(parts_of(x_TD, cp, tp), TokenInfo(**own))
+        rows = routing.assignment
+        pairs = torch.stack([place_T[rows.token_A], rows.expert_A], 1)
+        found.append({"pairs": pairs, "dropped": routing.stats.dropped_E, "load": rows.load_E})
+    return found
+
+
+@pytest.mark.parametrize(("cp_size", "tp_size"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_with_parts_of_sequences_drop_what_one_process_drops(
+    cp_size: int, tp_size: int
+) -> None:
+    ranks = run_ranks(cp_size * tp_size, parts_on_rank, cp_size, tp_size)
+    x_TD, info = whole_sequences()
+    for number, drop in enumerate(DROPS):
+        router = identity_router(TopKConfig.model_validate({"k": 2, **drop}), EXPERTS)
+        truth = router(x_TD, info)
+        rows = truth.assignment
+        pairs = {*zip(rows.token_A.tolist(), rows.expert_A.tolist(), strict=True)}
+        found = [tuple(pair) for rank in ranks for pair in rank[number]["pairs"].tolist()]
+        assert len(found) == len(pairs) and {*found} == pairs
+        for name, expected in (("dropped", truth.stats.dropped_E), ("load", rows.load_E)):
+            assert torch.equal(sum(rank[number][name] for rank in ranks), expected)
+        assert int(truth.stats.dropped_E.sum()) > 0
+
+
+def test_parts_of_sequences_need_their_positions() -> None:
+    router = identity_router(TopKConfig(k=2, capacity_factor=1.0), EXPERTS)
+    router.sequence = Axis("sequence", 0, 2)
+    with pytest.raises(ValueError, match="sequence_T and position_T"):
+        router(randn(4, EXPERTS, seed=1), TokenInfo())

@@ -89,7 +89,11 @@ def test_coordinates_say_which_rank_it_is(layout: Layout) -> None:
 def test_a_rank_has_its_place_in_every_group(layout: Layout) -> None:
     """What the layers are told agrees with the position in the process group."""
     position = {
-        axis: {rank: place for group in layout.groups(axis).tolist() for place, rank in enumerate(group)}
+        axis: {
+            rank: place
+            for group in layout.groups(axis).tolist()
+            for place, rank in enumerate(group)
+        }
         for axis in AXES
     }
     for rank in range(layout.world):
