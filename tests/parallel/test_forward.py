@@ -58,7 +58,7 @@ def on_rank(rank: int, data: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def spread(data: Path) -> list[dict[str, Any]]:
-    return run_ranks(2, on_rank, data)
+    return run_ranks(2, on_rank, data, timeout=120)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
