@@ -31,7 +31,7 @@ QUANTITIES = {
     ),
 }
 _LIFE = 7200.0  # seconds that one set of processes may live
-LIMIT = 60.0
+LIMIT = 120.0
 """Seconds that one job may take."""
 
 
@@ -44,6 +44,8 @@ class Outcome:
     covered_wrongly: list[str]
     """Parameters of which some element has no owner, or several."""
     seconds: float
+    cpu: float
+    """Seconds of processor time, all ranks together."""
     memory: int
     """Resident in the largest process, bytes."""
     files: int
@@ -57,7 +59,7 @@ class Crew:
         """``truths``: a folder for the plain runs, which are made when they are first needed."""
         self.data = data
         self._truths = truths
-        self._limit = limit
+        self.limit = limit
         self._ranks: Ranks | None = None
         self._pipes: list[Connection] = []
 
@@ -105,7 +107,7 @@ class Crew:
 
     def _start(self, world: int) -> None:
         ours, theirs = zip(*(Pipe() for _ in range(world)), strict=True)
-        args = (world, list(theirs), self.data, self._truths, self._limit)
+        args = (world, list(theirs), self.data, self._truths, self.limit)
         self._ranks, self._pipes = Ranks(world, serve, *args, timeout=_LIFE), list(ours)
         for pipe in theirs:
             pipe.close()
@@ -147,6 +149,7 @@ def joined(reports: list[Report]) -> Outcome:
         errors={name: worst(errors) for name, errors in by_quantity.items()},
         covered_wrongly=covered_wrongly(reports),
         seconds=max(report.seconds for report in reports),
+        cpu=sum(report.cpu for report in reports),
         memory=max(report.memory for report in reports),
         files=max(report.files for report in reports),
     )

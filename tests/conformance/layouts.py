@@ -15,6 +15,7 @@ from coterie.parallel.layout import Schedule
 from tests.conformance.worker import Job
 
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero_bubble", "zbv")
+_NAMES = ("tp", "pp", "vpp", "schedule", "stages", "cp", "ep", "etp", "dp_shard")
 _EIGHT_STAGES = (0, 1, 1, 1, 1, 1, 1, 0)
 _STAGES = {(4, 2): _EIGHT_STAGES, (8, 1): _EIGHT_STAGES}
 """Where six blocks do not fill all stages, by pp and vpp."""
@@ -27,14 +28,17 @@ _ROWS = 4
 
 
 def job_of(world: int, recompute: str = "none", **parallel: Any) -> Job:
-    """The job for a layout; what is 1 is left out."""
+    """The job for a layout; what is 1 is left out, the schedule named."""
     pp, stages = parallel.get("pp", 1), parallel.get("stages")
     others = pp * parallel.get("tp", 1) * parallel.get("cp", 1)
     accumulation = _MICRO_BATCHES[pp]
+    if pp > 1 and parallel.get("schedule") is None:
+        parallel["schedule"] = "1f1b" if parallel.get("vpp", 1) == 1 else "interleaved"
+    named = ((name, parallel.get(name, 1)) for name in _NAMES)
     few = pp * parallel.get("vpp", 1) <= _FEW_LAYERS and pp != 3 and stages is None
     return Job(
         world=world,
-        parallel=tuple((name, value) for name, value in parallel.items() if value not in (1, None)),
+        parallel=tuple((name, value) for name, value in named if value not in (1, None)),
         recompute=recompute,
         batch=accumulation * max(_ROWS, world // others),
         accumulation=accumulation,

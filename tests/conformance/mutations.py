@@ -1,6 +1,7 @@
 """Errors to plant in the runtime, each with the smallest layout that shows it and the check that
 must fail. The product has no switch for any of them: each is patched in while a test runs."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
@@ -573,3 +574,30 @@ MUTATIONS: dict[str, Mutation] = {
     "facts of tokens are another rank's": entry("loss", facts_of_other_rank, 2, tp=2),
     "capacity is counted in parts of a sequence": entry("dropped", capacity_of_part, 2, cp=2),
 }
+
+
+def hang_on_one(ranks: Ranks) -> Planted:
+    def wait_for_ever(model: ParallelModel) -> None:
+        if ranks.rank == 1:
+            threading.Event().wait()
+        gradients.sum_gradients(model)
+
+    return patch.object(step, "sum_gradients", wait_for_ever)
+
+
+def raise_on_one(ranks: Ranks) -> Planted:
+    def refuse(model: ParallelModel) -> None:
+        if ranks.rank == 1:
+            raise ValueError("the sentence of rank 1")
+        gradients.sum_gradients(model)
+
+    return patch.object(step, "sum_gradients", refuse)
+
+
+FAULTS: dict[str, Plant] = {"rank 1 hangs": hang_on_one, "rank 1 raises": raise_on_one}
+"""What ends a run, to test those who watch it."""
+
+
+def plant_of(name: str) -> Plant:
+    """The planted error called ``name``."""
+    return FAULTS[name] if name in FAULTS else MUTATIONS[name].plant

@@ -3,8 +3,6 @@
 The truth is a plain loop in float64 over autograd, torch's own clipping and its AdamW.
 """
 
-from pathlib import Path
-
 import pytest
 
 from coterie.data import IGNORE, IMAGE, TEXT, Batch
@@ -20,7 +18,8 @@ NUMBERS = sorted({(job.batch, job.accumulation, job.layers) for job in JOBS})
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_a_layout_equals_one_plain_process(job: Job, crew: Crew) -> None:
     outcome = crew.run(job)
-    print(f"seconds={outcome.seconds:.2f} largest={max(outcome.errors.values()):.2e}")
+    print(f"{job.name} largest={max(outcome.errors.values()):.2e}")
+    print(f"seconds={outcome.seconds:.2f} cpu={outcome.cpu:.2f}", end=" ")
     print(f"memory={outcome.memory >> 20} files={outcome.files}")
     complete = job.steps == job.config(crew.data).train.steps
     assert outcome.errors.keys() == QUANTITIES - ({"held out"} if not complete else set())

@@ -79,6 +79,8 @@ class Report:
     owned: dict[str, Box]
     """Of the parameters that this rank stands for, which part."""
     seconds: float
+    cpu: float
+    """Seconds of processor time, all threads."""
     memory: int
     """Resident, bytes."""
     files: int
@@ -106,12 +108,12 @@ def serve(
 
 def report_on(job: Job, data: Path, truths: Path) -> Report:
     """Run one job in this process."""
-    from tests.conformance.mutations import MUTATIONS
+    from tests.conformance.mutations import plant_of  # which knows jobs
 
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     config = job.config(data)
     ranks = ranks_of(config, job.world)
-    mutation = MUTATIONS[job.mutation].plant(ranks) if job.mutation else nullcontext()
+    mutation = plant_of(job.mutation)(ranks) if job.mutation else nullcontext()
     # many buckets, or one
     bucket = gradients.BUCKET if job.recompute == "none" else _SMALL_BUCKET
     with patch.object(gradients, "BUCKET", bucket), mutation:
@@ -122,6 +124,7 @@ def report_on(job: Job, data: Path, truths: Path) -> Report:
         shapes={name: tuple(weight.shape) for name, weight in truth[0]["weights"].items()},
         owned=owned(results),
         seconds=time.perf_counter() - started,
+        cpu=time.process_time() - used,
         memory=int(Path("/proc/self/statm").read_text().split()[1]) * 4096,
         files=len(list(Path("/proc/self/fd").iterdir())),
     )
