@@ -24,7 +24,8 @@ def table() -> str:
     for name, mutation in MUTATIONS.items():
         job = mutation.job
         again = f" · recompute {job.recompute}" if job.recompute != "none" else ""
-        lines.append(f"| {name} | {job.layout.replace('-', ' · ')}{again} | {mutation.check} |")
+        layout = job.layout.replace("-", " · ") if job.parallel else f"{job.world} · replicas"
+        lines.append(f"| {name} | {layout if job.world > 1 else 1}{again} | {mutation.check} |")
     return "\n".join(lines) + "\n"
 
 
