@@ -30,8 +30,9 @@ from coterie.moe.routers.top_k import TopKRouter
 from coterie.parallel import evaluate, gradients, micro_batch, optimizer, pipeline, step
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.layout import Layout
-from coterie.parallel.model import ParallelModel, Place, local
+from coterie.parallel.model import ParallelModel, local
 from coterie.parallel.optimizer import Optimizer
+from coterie.parallel.placement import Place
 from coterie.parallel.tally import Tally, Totals
 from tests.conformance.case import STEPS
 from tests.conformance.layouts import job_of
@@ -329,8 +330,8 @@ def noise_by_rank(ranks: Ranks) -> Planted:
 def experts_swapped(_: Ranks) -> Planted:
     right = Experts.__init__
 
-    def wrong(self: Experts, width: int, config: Any, ep: Axis, etp: Axis) -> None:
-        right(self, width, config, replace(ep, rank=ep.size - 1 - ep.rank), etp)
+    def wrong(self: Experts, width: int, config: Any, ep: Axis, *rest: Any) -> None:
+        right(self, width, config, replace(ep, rank=ep.size - 1 - ep.rank), *rest)
 
     return patch.object(Experts, "__init__", wrong)
 
@@ -339,8 +340,8 @@ def slices_swapped(_: Ranks) -> Planted:
     """Of w_out the slice of another rank than of w_in."""
     right = Experts.__init__
 
-    def wrong(self: Experts, width: int, config: Any, ep: Axis, etp: Axis) -> None:
-        right(self, width, config, ep, etp)
+    def wrong(self: Experts, width: int, config: Any, ep: Axis, etp: Axis, *rest: Any) -> None:
+        right(self, width, config, ep, etp, *rest)
         experts, hidden = self.cuts["w_out_EFD"]
         other = replace(etp, rank=etp.size - 1 - etp.rank)
         self.cuts["w_out_EFD"] = (experts, replace(hidden, axis=other))

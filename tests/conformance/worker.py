@@ -151,10 +151,14 @@ def ranks_of(config: RunConfig, world: int) -> Ranks:
     return make_groups(layout, device, _COLLECTIVE) if world > 1 else Ranks(0, device, layout)
 
 
+def model_of(config: RunConfig, ranks: Ranks) -> ParallelModel:
+    with prepared():
+        return build_model(config, ranks)
+
+
 def run(config: RunConfig, ranks: Ranks, steps: int) -> list[Result]:
     """The first steps of the case, and this rank's parts of what they made."""
-    with prepared():
-        model = build_model(config, ranks)
+    model = model_of(config, ranks)
     sampler, train = sampler_of(config), config.train
     optimizer = Optimizer(model, config.optimizer)
     seen: dict[str, dict[str, Part]] = {}
