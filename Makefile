@@ -3,7 +3,7 @@
 #   make train    set everything up and run the main job
 #   make test     set everything up and run the tests
 #
-# Others: setup, lint, types, bench, clean. Everything lives in .venv, build and runs.
+# Others: setup, conformance, lint, types, bench, clean. Everything lives in .venv, build and runs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ TESTS_READY := $(VENV)/.tests-ready
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
 
-.PHONY: help setup train test lint types bench clean
+.PHONY: help setup train test conformance lint types bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -63,6 +63,11 @@ train: $(READY)
 test: $(TESTS_READY)
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest
+
+# N of the layouts of eight processes, the same each time, or N=all; CI runs the chosen ones alone
+N ?= 100
+conformance: $(TESTS_READY)
+	@CONFORMANCE=$(N) $(BIN)/python -m pytest tests/conformance
 
 lint: $(TESTS_READY)
 	@$(BIN)/ruff check .

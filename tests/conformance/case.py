@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axes
-from coterie.data import IGNORE, IMAGE, TEXT, Sampler, open_dataset
+from coterie.data import IGNORE, IMAGE, TEXT, Sampler, each_row, open_dataset
 from coterie.launch.config import RunConfig
 from coterie.models import Decoder, initialise
 from coterie.moe.routers.top_k import TopKRouter
@@ -26,7 +26,6 @@ EMPTY = 5
 """An expert that no token chooses."""
 CLIP = 0.2
 STEPS = 3
-LAYERS = 6
 Result = dict[str, Any]
 
 
@@ -36,14 +35,15 @@ def config_of(
     recompute: str = "none",
     batch: int = 16,
     accumulation: int = 4,
+    layers: int = 6,
 ) -> RunConfig:
-    """``batch``, ``accumulation``: they alone fix the numbers."""
+    """``batch``, ``accumulation``, ``layers``: they alone fix the numbers."""
     return RunConfig.model_validate(
         {
             "model": {
                 "vocabulary": VOCABULARY.size,
                 "width": 16,
-                "layers": LAYERS,
+                "layers": layers,
                 "attention": {
                     "heads": 8,
                     "kv_heads": 4,
@@ -64,7 +64,7 @@ def config_of(
                     "shared": {"hidden": 8},
                     "shared_gate": True,
                 },
-                "dense_layers": [0, 3],
+                "dense_layers": [0, layers // 2],
             },
             "data": {"path": str(data), "sequence": SEQUENCE},
             "train": {
@@ -170,9 +170,7 @@ def plain_evaluation(model: Decoder, config: RunConfig) -> dict[str, float]:
     model.eval()
     dataset = open_dataset(str(config.data.path), "held_out")
     sums: dict[int, list[float]] = {TEXT: [], IMAGE: []}
-    for row in range(len(dataset)):
-        batch = Sampler(dataset, 1, 0).batch(0)
-        batch = _row(dataset, row)
+    for batch in each_row(dataset, 1):
         logits = model(batch.tokens_BS, token_info(batch, Axes())).x.log_softmax(-1)[0]
         for position, target in enumerate(batch.targets_BS[0].tolist()):
             if target != IGNORE:
@@ -184,9 +182,3 @@ def plain_evaluation(model: Decoder, config: RunConfig) -> dict[str, float]:
         "loss/text": sum(sums[TEXT]) / len(sums[TEXT]),
         "loss/image": sum(sums[IMAGE]) / len(sums[IMAGE]),
     }
-
-
-def _row(dataset: Any, row: int) -> Any:
-    from coterie.data import each_row
-
-    return list(each_row(dataset, 1))[row]

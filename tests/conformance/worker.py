@@ -1,9 +1,13 @@
 """One rank of a layout under test: runs the case on the runtime, and compares its parts."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import faulthandler
+import gc
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from coterie.core.box import Box
 from coterie.data import open_dataset
 from coterie.launch.assemble import build_model
 from coterie.launch.check import check_world
@@ -23,30 +28,119 @@ from coterie.parallel.optimizer import Optimizer, learning_rate
 from coterie.parallel.part import Part
 from coterie.parallel.rules import layout_of
 from coterie.parallel.step import StepSettings, train_step
-from tests.conformance.case import Result, config_of, prepared, sampler_of
+from tests.conformance.case import STEPS, Result, config_of, prepared, sampler_of
 
-Mutation = Callable[[Ranks], AbstractContextManager[Any]]
-TIMEOUT = timedelta(seconds=60)
+_COLLECTIVE = timedelta(seconds=600)  # longer than any job may take: its limit speaks first
+_SMALL_BUCKET = 300
 
 
 @dataclass(frozen=True)
 class Job:
     """One run: a layout, and perhaps an error to plant."""
 
-    parallel: tuple[tuple[str, Any], ...]
+    world: int
+    parallel: tuple[tuple[str, Any], ...] = ()
     recompute: str = "none"
     batch: int = 16
     accumulation: int = 4
-    steps: int = 3
+    layers: int = 6
+    steps: int = STEPS
     mutation: str = ""
 
     def config(self, data: Path) -> RunConfig:
-        return config_of(data, dict(self.parallel), self.recompute, self.batch, self.accumulation)
+        numbers = (self.batch, self.accumulation, self.layers)
+        return config_of(data, dict(self.parallel), self.recompute, *numbers)
+
+    @property
+    def layout(self) -> str:
+        """As in ``4-tp2-ep4``: processes, then the axes that are not 1."""
+        axes = [_short(name, value) for name, value in self.parallel]
+        return "-".join([str(self.world), *axes])
 
     @property
     def name(self) -> str:
-        axes = "-".join(f"{name}{value}" for name, value in self.parallel) or "alone"
-        return f"{axes}-{self.recompute}"
+        return "-".join([self.layout, self.recompute, *filter(None, [self.mutation])])
+
+
+def _short(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return name + ".".join(map(str, value))
+    return value if isinstance(value, str) else f"{name}{value}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank found."""
+
+    errors: dict[str, float]
+    """The largest relative error over the steps, by quantity."""
+    shapes: dict[str, tuple[int, ...]]
+    """All parameters of the model."""
+    owned: dict[str, Box]
+    """Of the parameters that this rank stands for, which part."""
+    seconds: float
+    cpu: float
+    """Seconds of processor time, all threads."""
+    memory: int
+    """Resident, bytes."""
+    files: int
+    """Open file descriptors."""
+
+
+def serve(
+    rank: int, world: int, pipes: list[Connection], data: Path, truths: Path, limit: float
+) -> None:
+    """Run the jobs that come through this rank's pipe until it is closed. A job that takes longer
+    than ``limit`` (seconds) ends the process, with the stacks of its threads in its output."""
+    for other in pipes[:rank] + pipes[rank + 1 :]:
+        other.close()
+    gc.freeze()  # what is imported stays; collecting need not look at it
+    with pipes[rank] as pipe:
+        while True:
+            try:
+                job = pipe.recv()
+            except EOFError:
+                return
+            faulthandler.dump_traceback_later(limit, exit=True)
+            pipe.send(report_on(job, data, truths))
+            faulthandler.cancel_dump_traceback_later()
+
+
+def report_on(job: Job, data: Path, truths: Path) -> Report:
+    """Run one job in this process."""
+    from tests.conformance.mutations import plant_of  # which knows jobs
+
+    started, used = time.perf_counter(), time.process_time()
+    config = job.config(data)
+    ranks = ranks_of(config, job.world)
+    mutation = plant_of(job.mutation)(ranks) if job.mutation else nullcontext()
+    # many buckets, or one
+    bucket = gradients.BUCKET if job.recompute == "none" else _SMALL_BUCKET
+    with patch.object(gradients, "BUCKET", bucket), mutation:
+        results = run(config, ranks, job.steps)
+    truth = loaded(truth_file(truths, job))
+    report = Report(
+        errors=errors_here(results, truth),
+        shapes={name: tuple(weight.shape) for name, weight in truth[0]["weights"].items()},
+        owned=owned(results),
+        seconds=time.perf_counter() - started,
+        cpu=time.process_time() - used,
+        memory=int(Path("/proc/self/statm").read_text().split()[1]) * 4096,
+        files=len(list(Path("/proc/self/fd").iterdir())),
+    )
+    del results
+    gc.collect()  # modules and hooks hold each other
+    return report
+
+
+def truth_file(folder: Path, job: Job) -> Path:
+    """Where the truth for the job's batch, accumulation and layers is kept."""
+    return folder / f"{job.batch}_{job.accumulation}_{job.layers}.pt"
+
+
+@cache
+def loaded(file: Path) -> list[Result]:
+    return torch.load(file)
 
 
 def ranks_of(config: RunConfig, world: int) -> Ranks:
@@ -54,7 +148,7 @@ def ranks_of(config: RunConfig, world: int) -> Ranks:
     check_world(config, world)
     layout = layout_of(config.parallel, world, config.model)
     device = torch.device("cpu")
-    return make_groups(layout, device, TIMEOUT) if world > 1 else Ranks(0, device, layout)
+    return make_groups(layout, device, _COLLECTIVE) if world > 1 else Ranks(0, device, layout)
 
 
 def model_of(config: RunConfig, ranks: Ranks) -> ParallelModel:
@@ -118,12 +212,18 @@ def copied(part: Part) -> Part:
     return Part(local(part.tensor).clone(), part.box, part.owner)
 
 
+def owned(results: list[Result]) -> dict[str, Box]:
+    """The parts of parameters that this rank stands for."""
+    return {name: part.box for name, part in results[0]["weights"].items() if part.owner}
+
+
 def errors_here(results: list[Result], truth: list[Result]) -> dict[str, float]:
     """The largest relative error over the steps, by quantity, on this rank."""
     worst: dict[str, float] = {}
 
     def note(quantity: str, error: float) -> None:
-        worst[quantity] = max(worst.get(quantity, 0.0), error)
+        if not error <= worst.get(quantity, -1.0):  # nan too
+            worst[quantity] = error
 
     for ours, expected in zip(results, truth, strict=False):
         assert ours["numbers"].keys() == expected["numbers"].keys()
@@ -136,6 +236,7 @@ def errors_here(results: list[Result], truth: list[Result]) -> dict[str, float]:
         for name in ("load", "dropped", "tokens"):
             note(name, float(ours[name] != expected[name]))
         for kind in ("gradients", "clipped", "weights"):
+            assert ours[kind].keys() == ours["weights"].keys()
             for name, part in ours[kind].items():
                 whole = expected[kind][name]
                 assert part.box.whole == tuple(whole.shape), name
@@ -143,6 +244,7 @@ def errors_here(results: list[Result], truth: list[Result]) -> dict[str, float]:
                 label = f"{kind} of {'experts' if expert else 'the rest'}"
                 note(label, error_of(part.tensor, whole[part.box.slices], whole))
         if "evaluation" in ours:
+            assert ours["evaluation"].keys() == expected["evaluation"].keys()
             for name, value in expected["evaluation"].items():
                 note("held out", abs(ours["evaluation"][name] - value) / value)
     return worst
@@ -154,30 +256,3 @@ def error_of(ours: Tensor, right: Tensor, whole: Tensor) -> float:
     if not ours.numel():
         return 0.0
     return float((ours - right).abs().max()) / (float(whole.abs().max()) or 1.0)
-
-
-def coverage(results: list[Result]) -> dict[str, int]:
-    """Elements of each parameter of which this rank is the owner."""
-    return {
-        name: part.box.numel if part.owner else 0 for name, part in results[0]["weights"].items()
-    }
-
-
-def on_rank(
-    rank: int, world: int, jobs: list[Job], data: Path, truths: dict[tuple[int, int], Path]
-) -> list[tuple[dict[str, float], dict[str, int]]]:
-    """Run each job in this process: its errors, and what this rank owns."""
-    from tests.conformance.mutations import MUTATIONS
-
-    outcomes = []
-    for job in jobs:
-        expected = torch.load(truths[job.batch, job.accumulation])
-        config = job.config(data)
-        ranks = ranks_of(config, world)
-        mutation = MUTATIONS[job.mutation].plant(ranks) if job.mutation else nullcontext()
-        # many buckets, or one
-        bucket = gradients.BUCKET if job.recompute == "none" else 300
-        with patch.object(gradients, "BUCKET", bucket), mutation:
-            results = run(config, ranks, job.steps)
-        outcomes.append((errors_here(results, expected), coverage(results)))
-    return outcomes
