@@ -24,6 +24,7 @@ from tests.docs.blocks import ROOT, blocks
 
 SMALL = (
     "parallel.ep=1",
+    "parallel.tp=1",
     "train.steps=2",
     "train.global_batch=4",
     "optimizer.warmup=1",
@@ -115,8 +116,9 @@ def _has_data(given: list[str]) -> bool:
 def _check_processes(words: list[str], world: int) -> None:
     """The shown config, unshortened, can run in so many processes."""
     overrides = [word for word in words[2:] if "=" in word]
+    config = f"{words[1]}/config.yaml" if words[0] == "resume" else words[1]
     with redirect_stdout(StringIO()):
-        code = main(["config", "show", words[1], *overrides, "--nproc", str(world)])
+        code = main(["config", "show", config, *overrides, "--nproc", str(world)])
     if code:
         raise DocumentationError(f"{words[1]} cannot run in {world} processes")
 

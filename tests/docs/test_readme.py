@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
+import yaml
 
+from coterie.launch.config import RunConfig
 from tests.distributed import run_ranks
 from tests.docs import commands
 from tests.docs.blocks import ROOT, blocks, pages, prose
@@ -16,7 +19,13 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled", "ignore:html5lib's sanitizer"
 )
 
-SHOWN = ("README.md", "CONTRIBUTING.md", "docs/checkpoints.md", "docs/quickstart.md")
+SHOWN = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/checkpoints.md",
+    "docs/parallelism.md",
+    "docs/quickstart.md",
+)
 RANKS = 2
 TORCHRUN = f"# torchrun --standalone --nproc-per-node {RANKS}\n"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -47,8 +56,29 @@ def test_blocks_are_of_known_languages() -> None:
     for page in pages():
         text = page.read_text()
         fences = len(re.findall(r"^```", text, re.MULTILINE))
-        known = [b for kind in ("sh", "python", "text") for b in blocks(text, kind)]
-        assert fences == 2 * len(known), f"{named(page)}: a block is neither sh, python nor text"
+        known = [b for kind in ("sh", "python", "yaml", "text") for b in blocks(text, kind)]
+        assert fences == 2 * len(known), (
+            f"{named(page)}: a block is neither sh, python, yaml nor text"
+        )
+
+
+def test_settings_are_accepted() -> None:
+    """Each block of YAML, laid over the quick start's config."""
+    found = [(page, b) for page in pages() for b in blocks(page.read_text(), "yaml")]
+    assert found
+    for page, block in found:
+        tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+        try:
+            RunConfig.model_validate(_merged(tree, yaml.safe_load(block.text)))
+        except ValueError as error:
+            pytest.fail(f"{named(page)}:{block.line}: {error}")
+
+
+def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    for key, value in over.items():
+        known = isinstance(value, dict) and isinstance(tree.get(key), dict)
+        tree[key] = _merged(tree[key], value) if known else value
+    return tree
 
 
 @pytest.mark.parametrize(
