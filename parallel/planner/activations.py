@@ -201,16 +201,16 @@ def router(work: Workload) -> int:
 def exchange(work: Workload) -> Held:
     """Rows there and back: where they go, and the returned ones for their weights' gradient."""
     width = work.model.width
-    sent, received = work.sent * width * work.whole, work.received * width * work.whole
+    sent, received = work.sent * width * work.whole, work.held * width * work.whole
     returned = work.sent * width * work.half
     # permute: rows of each token; unpermute: rows, weights, tokens
     kept = (2 * work.sent + work.own + 1) * INT + returned + work.sent * work.whole
     remote = work.layout.ep * work.layout.etp > 1
     if remote:  # sorting by expert and back
-        kept += 2 * (2 * work.received + 1) * INT
+        kept += 2 * (2 * work.held + 1) * INT
     if work.layout.etp > 1:
         kept += work.sent * INT
-    forward = kept + sent + (2 * received if remote else 0)
+    forward = kept + (received if remote else sent)
     backward = sent + (received if remote else 0)
     return Held(kept, forward, backward)
 
@@ -222,23 +222,22 @@ def experts(work: Workload) -> Held:
     parts = ACTIVATIONS[config.activation].parts
     local, hidden = config.count // layout.ep, config.hidden // layout.etp
     width, half = work.model.width, work.half
-    padded = work.received
+    rows = padded = work.held
     if work.device == "cpu" and work.compute == "fp32":
         padded += local * (PADDED - 1) // 2  # of each expert between 0 and 31, by chance
-    row = width + parts * hidden
+    row = parts * hidden
     grouped = work.device == "cuda" and work.autocast
     if grouped:
         row += hidden
     weights = _weights(work, (parts + 1) * local * hidden * width)
+    result = rows * width * half
     inner = padded * row * half
-    result = work.received * width * half
-    kept = weights + inner
-    if work.recompute == "selective":
-        kept = weights + padded * width * half
-    forward = weights + inner + 2 * result
-    backward = 3 * result + (inner if work.recompute == "selective" else 0)
+    kept = weights + result + (inner if work.recompute != "selective" else 0)
+    forward = kept + result
+    backward = 2 * result
     if grouped:
-        backward = 2 * result + work.received * (parts + 1) * hidden * half
+        backward += rows * (parts + 1) * hidden * half
+        backward += inner if work.recompute == "selective" else 0
     return Held(kept, forward, backward)
 
 

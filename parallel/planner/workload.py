@@ -77,6 +77,14 @@ class Workload:
         return round(self.sent * self.skew) if exchanging else self.sent
 
     @property
+    def held(self) -> int:
+        """Rows that the busiest rank holds at once: beyond ``max_rows_factor`` they come in rounds
+        of the mean, and all rounds but one are computed again."""
+        factor = self.model.moe.max_rows_factor if self.model.moe else None
+        bounded = factor is not None and self.received > factor * self.sent
+        return self.sent if bounded else self.received
+
+    @property
     def choices(self) -> int:
         """K: experts of a token."""
         return self.model.moe.router.k if self.model.moe else 0

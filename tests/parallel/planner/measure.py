@@ -35,7 +35,7 @@ TREE: dict[str, Any] = {
         "attention": {"heads": 4, "kv_heads": 2},
         "feed_forward": {"hidden": 192},
         "dense_layers": [0],
-        "moe": {"experts": {"count": 8, "hidden": 96}, "router": {"k": 2}},
+        "moe": {"experts": {"count": 8, "hidden": 96}, "router": {"k": 2}, "max_rows_factor": None},
     },
     "data": {"sequence": 128},
     "train": {"steps": 2, "global_batch": 8, "accumulation": 2},

@@ -67,7 +67,7 @@ def padding(work: Workload) -> int:
     """Bytes by which rows that chance spreads over experts can differ from the plan's mean."""
     assert work.model.moe is not None
     experts = work.model.moe.experts
-    row = work.model.width + ACTIVATIONS[experts.activation].parts * experts.hidden
+    row = ACTIVATIONS[experts.activation].parts * experts.hidden
     return experts.count * activations.PADDED // 2 * row * work.half
 
 
