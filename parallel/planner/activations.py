@@ -87,12 +87,10 @@ def _weights(work: Workload, count: int) -> int:
 
 
 def _projected(work: Workload) -> int:
-    """The rotation's tables, queries and keys after it, values, and what normalising them keeps."""
+    """Queries and keys after rotation, values, and what normalising them keeps."""
     attention, layout = work.model.attention, work.layout
     q, k = _heads(work)
-    positions = work.sequence // layout.cp
-    tables = 4 * positions * work.head_width * work.half
-    total = tables + q + 2 * k
+    total = q + 2 * k
     if layout.cp > 1:  # of keys and values those of all ranks are kept, in order; not this one's
         total += 2 * k * layout.cp - 2 * k + work.sequence * INT
     if attention.qk_norm:
@@ -100,6 +98,11 @@ def _projected(work: Workload) -> int:
         elements = (q + k) // work.half
         total += (copies * elements + elements // work.head_width) * work.whole
     return total
+
+
+def rotations(work: Workload) -> int:
+    """Cosines and sines of the positions: made once, used by every layer."""
+    return 2 * work.sequence // work.layout.cp * work.head_width * work.half
 
 
 def _core(work: Workload) -> int:

@@ -68,7 +68,7 @@ def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_skew_costs_memory_and_time(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("good.yaml", "--world", "2", "parallel.ep=2", "--machine", "cpu")
     even = planned(capsys, *arguments)
-    hot = planned(capsys, *arguments, "--skew", "4")
+    hot = planned(capsys, *arguments, "--skew", "1.8")
     assert hot["peak_bytes"] > even["peak_bytes"]
     assert hot["step"]["total"] > even["step"]["total"]
     assert hot["step"]["model_flops"] == even["step"]["model_flops"]

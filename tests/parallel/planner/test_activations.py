@@ -60,7 +60,9 @@ def work_of(config: DecoderConfig, compute: str, **layout: Any) -> Workload:
 
 def predicted(work: Workload) -> dict[str, int]:
     halves = (activations.attention_half, activations.dense_half, activations.moe_half)
-    return {part: half(work).kept for part, half in zip(PARTS, halves, strict=True)}
+    kept = {part: half(work).kept for part, half in zip(PARTS, halves, strict=True)}
+    kept["attention"] += activations.rotations(work)  # one for all layers
+    return kept
 
 
 def padding(work: Workload) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from coterie.comm import sequence
 from coterie.launch.assemble import build_model
 from coterie.launch.config import RunConfig
 from coterie.parallel.distributed import make_groups
@@ -23,13 +24,13 @@ from tests.parallel.planner.measure import TREE, batch_of, config_of
 
 SMALL = 20_000
 """Bytes: counts, norms and sums over a vocabulary are not planned."""
-WHOLE = {
-    "all_gather_into_tensor": ("all-gather", 0),
-    "reduce_scatter_tensor": ("reduce-scatter", 1),
-    "all_reduce": ("all-reduce", 0),
-    "all_to_all_single": ("all-to-all", 0),
+WHOLE: dict[tuple[Any, str], tuple[str, int]] = {
+    (sequence, "_all_gather"): ("all-gather", 0),
+    (sequence, "_reduce_scatter"): ("reduce-scatter", 1),
+    (dist, "all_reduce"): ("all-reduce", 0),
+    (dist, "all_to_all_single"): ("all-to-all", 0),
 }
-"""The function of torch.distributed, and which of its arguments is the whole tensor."""
+"""The function, by module and name; which of its arguments is the whole tensor."""
 
 
 def sent_in_a_step(rank: int, world: int, config: RunConfig) -> dict[str, int]:
@@ -42,20 +43,20 @@ def sent_in_a_step(rank: int, world: int, config: RunConfig) -> dict[str, int]:
     batches = [batch_of(config, rows, n) for n in range(config.train.accumulation)]
     bytes_of: Counter[str] = Counter()
 
-    def counted(name: str) -> Any:
-        op, argument = WHOLE[name]
-        plain = getattr(dist, name)
+    def counted(module: Any, name: str) -> Any:
+        op, argument = WHOLE[module, name]
+        plain = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             size = args[argument].numel() * args[argument].element_size()
             bytes_of[op] += size if size > SMALL else 0
             return plain(*args, **kwargs)
 
-        return patch.object(dist, name, call)
+        return patch.object(module, name, call)
 
     with ExitStack() as watched:
-        for name in WHOLE:
-            watched.enter_context(counted(name))
+        for module, name in WHOLE:
+            watched.enter_context(counted(module, name))
         settings = StepSettings("fp32", config.optimizer.clip, config.train.seed)
         train_step(model, optimizer, batches, 1, settings)
     return dict(bytes_of)
