@@ -17,6 +17,7 @@ from coterie.launch import (
     data_commands,
     doctor,
     membership,
+    plan_command,
     run_commands,
 )
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 run_commands.add_to(app)
 certify_command.add_to(app)
 checkpoint_commands.add_to(app)
+plan_command.add_to(app)
 data_commands.add_to(app)
 config_commands.add_to(app)
 doctor.add_to(app)

@@ -17,7 +17,7 @@ from coterie.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
-    *([name] for name in ("train", "resume", "evaluate", "generate", "doctor")),
+    *([name] for name in ("train", "resume", "evaluate", "generate", "plan", "doctor")),
     *(["checkpoint", name] for name in ("inspect", "verify", "diff", "reshard")),
     *(["data", name] for name in ("build", "inspect", "verify")),
     *(["config", name] for name in ("show", "schema")),

@@ -1,0 +1,262 @@
+"""Bytes that each part of the model holds for one micro-batch: exact for what autograd keeps.
+
+``kept`` is what stays from the forward to the backward pass, each storage counted once; weights
+are not in it, their half-precision copies under autocast are. A test compares it with what autograd
+saves (``torch.autograd.graph.saved_tensors_hooks``). ``forward`` and ``backward`` are the most that
+is live on top inside a pass, read off the code.
+"""
+
+from dataclasses import dataclass
+
+from coterie.moe.activations import ACTIVATIONS
+from coterie.moe.feed_forward import FeedForwardConfig
+from coterie.parallel.planner.workload import INT, Workload
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes for one micro-batch."""
+
+    kept: int = 0
+    """From the end of the forward pass to the end of the backward pass, the input included."""
+    forward: int = 0
+    """The most at once inside the forward pass, what is kept included."""
+    backward: int = 0
+    """The most at once inside the backward pass, beyond what is kept and the gradients of
+    parameters."""
+
+
+def embedding(work: Workload) -> Held:
+    """The lookup, and with tp its sum over ranks; the result is kept by the first block."""
+    stream = work.own * work.model.width * work.whole
+    parts = work.gathered * work.model.width * work.whole if work.layout.tp > 1 else 0
+    return Held(0, stream + 2 * parts, stream + parts)
+
+
+def norm(work: Workload) -> int:
+    """What RMSNorm keeps over the residual stream: on CUDA x and 1/rms, elsewhere x/rms too."""
+    whole = work.own * work.model.width * work.whole
+    return (whole if work.device == "cuda" else 2 * whole) + work.own * work.whole
+
+
+def attention_half(work: Workload) -> Held:
+    """x + attention(norm(x))."""
+    width, half, whole = work.model.width, work.half, work.whole
+    stream = work.own * width * whole
+    joined = work.gathered * width
+    q, k = _heads(work)
+    normed = norm(work)
+    kept = normed + _attention_input(work) + _weights(work, _attention_weights(work))
+    kept += _projected(work)
+    if work.recompute != "selective":
+        kept += _core(work)
+    else:
+        kept += q  # the output layer's input
+    # rotating holds the product with cos, the two halves exchanged, and their product with sin
+    rotating = max(2 * k + 3.5 * q, k + 2 * q + 3.5 * k - q)
+    inputs = normed + stream + (joined * whole if work.layout.tp > 1 else 0)
+    inputs += 3 * joined * half if work.autocast else 0
+    weights = _weights(work, _attention_weights(work))
+    out = (joined * half if work.layout.tp > 1 else 0) + stream
+    forward = inputs + weights + int(max(q + rotating, 2 * q + 2 * k + q + out + _core(work)))
+    again = _core(work) if work.recompute == "selective" else 0
+    backward = stream + joined * half + q + (q + 2 * k) + again
+    return Held(kept, max(kept, forward), backward)
+
+
+def _heads(work: Workload) -> tuple[int, int]:
+    """Bytes of all queries, and of all keys, that this rank computes."""
+    each = work.gathered * work.head_width * work.half // work.layout.tp
+    return work.model.attention.heads * each, work.kv_heads * each
+
+
+def _attention_weights(work: Workload) -> int:
+    heads = 2 * work.model.attention.heads + 2 * work.kv_heads
+    return heads * work.head_width * work.model.width // work.layout.tp
+
+
+def _attention_input(work: Workload) -> int:
+    """x for the weights' gradients: cast once for each of q, k and v under autocast."""
+    each = work.gathered * work.model.width * work.half
+    return 3 * each if work.autocast else each
+
+
+def _weights(work: Workload, count: int) -> int:
+    """Half-precision copies of ``count`` weights, kept with the activations."""
+    return count * work.half if work.autocast else 0
+
+
+def _projected(work: Workload) -> int:
+    """Queries and keys after rotation, values, and what normalising them keeps."""
+    attention, layout = work.model.attention, work.layout
+    q, k = _heads(work)
+    total = q + 2 * k
+    if layout.cp > 1:  # of keys and values those of all ranks are kept, in order; not this one's
+        total += 2 * k * layout.cp - 2 * k + work.sequence * INT
+    if attention.qk_norm:
+        copies = 1 if work.device == "cuda" else 2
+        elements = (q + k) // work.half
+        total += (copies * elements + elements // work.head_width) * work.whole
+    return total
+
+
+def rotations(work: Workload) -> int:
+    """Cosines and sines of the positions: made once, used by every layer."""
+    return 2 * work.sequence // work.layout.cp * work.head_width * work.half
+
+
+def _core(work: Workload) -> int:
+    """The attention's result, its log-sum-exp, and its mask."""
+    q, _ = _heads(work)
+    cp = work.layout.cp
+    rows = work.gathered * work.model.attention.heads // work.layout.tp
+    total = q + rows * max(4, work.whole if work.compute == "fp64" else 4)
+    if cp > 1:
+        total += q  # both pieces, and them joined
+    piece = work.sequence // (2 * cp)
+    if work.model.attention.within_documents:
+        cells = work.sequence**2 if cp == 1 else (2 * cp + 1) * piece**2
+        total += work.rows * cells * work.half
+    elif cp > 1:
+        total += (2 * cp + 1) * piece**2 * work.half
+    return total
+
+
+def dense_half(work: Workload) -> Held:
+    """x + feed_forward(norm(x)) of a dense layer."""
+    config = work.model.feed_forward
+    assert config is not None
+    stream = work.own * work.model.width * work.whole
+    inner = feed_forward(work, config)
+    normed = norm(work)
+    return Held(
+        normed + inner.kept,
+        normed + stream + inner.forward,
+        stream + inner.backward,
+    )
+
+
+def feed_forward(work: Workload, config: FeedForwardConfig) -> Held:
+    """A dense feed-forward layer alone; without autocast and tp its input is the norm's result."""
+    parts = ACTIVATIONS[config.activation].parts
+    joined = work.gathered * work.model.width
+    hidden = work.gathered * config.hidden // work.layout.tp * work.half
+    weights = (parts + 1) * config.hidden * work.model.width // work.layout.tp
+    inputs = joined * work.half
+    inner = (parts + 1) * hidden
+    kept = inputs + _weights(work, weights)
+    if work.recompute != "selective":
+        kept += inner
+    gathered = joined * work.whole if work.layout.tp > 1 and work.autocast else 0
+    out = joined * work.half * (2 if work.layout.tp > 1 else 1)
+    forward = inputs + gathered + _weights(work, weights) + inner + out
+    backward = out + (parts + 1) * hidden + (inner if work.recompute == "selective" else 0)
+    return Held(kept, forward, backward)
+
+
+def moe_half(work: Workload) -> Held:
+    """x + moe(norm(x))."""
+    config = work.model.moe
+    assert config is not None
+    tokens, width = work.own, work.model.width
+    stream = tokens * width * work.whole
+    routing = router(work)
+    rows = exchange(work)
+    experts_ = experts(work)
+    kept = norm(work) + stream + routing + rows.kept + experts_.kept
+    forward = norm(work) + stream + routing + rows.forward + experts_.forward
+    backward = stream + max(rows.backward + experts_.backward, 0)
+    if config.shared is not None:
+        shared = feed_forward(work, config.shared)
+        # the input is the router's; only casting or gathering makes another
+        same = not work.autocast and work.layout.tp == 1
+        own = shared.kept - (tokens * width * work.half if same else 0)
+        kept += own
+        forward = max(forward, kept - own + shared.forward + 2 * stream)
+        if config.shared_gate:  # the output and its gate; cast: x and the gate's weights
+            kept += tokens * (width + 1) * work.half
+            kept += (tokens + 1) * width * work.half if work.autocast else 0
+        backward = max(backward, stream + shared.backward)
+    return Held(kept, max(kept + 2 * stream, forward), backward)
+
+
+def router(work: Workload) -> int:
+    """What a top-k router keeps besides its input: scores, logits, choices and their places."""
+    assert work.model.moe is not None
+    config, experts_ = work.model.moe.router, work.model.moe.experts.count
+    tokens, whole = work.own, work.whole
+    choices = tokens * config.k
+    scores = tokens * experts_ * whole
+    kept = scores + choices * INT + choices * INT  # scores, experts chosen, order of rows
+    if config.renormalise:
+        kept += choices * whole + tokens * whole
+    if config.z_loss:
+        kept += scores + tokens * whole + INT
+    if config.score == "sigmoid" and config.balance_loss:
+        kept += tokens * whole
+    if config.balance_loss:
+        kept += experts_ * whole + INT
+    if config.jitter:
+        kept += tokens * work.model.width * whole
+    return kept
+
+
+def exchange(work: Workload) -> Held:
+    """Rows there and back: where they go, and the returned ones for their weights' gradient."""
+    width = work.model.width
+    sent, received = work.sent * width * work.whole, work.held * width * work.whole
+    returned = work.sent * width * work.half
+    # permute: rows of each token; unpermute: rows, weights, tokens
+    kept = (2 * work.sent + work.own + 1) * INT + returned + work.sent * work.whole
+    remote = work.layout.ep * work.layout.etp > 1
+    if remote:  # sorting by expert and back
+        kept += 2 * (2 * work.held + 1) * INT
+    if work.layout.etp > 1:
+        kept += work.sent * INT
+    forward = kept + (received if remote else sent)
+    backward = sent + (received if remote else 0)
+    return Held(kept, forward, backward)
+
+
+def experts(work: Workload) -> Held:
+    """The experts' rows and hidden values, and their weights where these are cast."""
+    assert work.model.moe is not None
+    config, layout = work.model.moe.experts, work.layout
+    parts = ACTIVATIONS[config.activation].parts
+    local, hidden = config.count // layout.ep, config.hidden // layout.etp
+    width, half = work.model.width, work.half
+    rows = padded = work.held
+    if work.device == "cpu" and work.compute == "fp32":
+        padded += local * (PADDED - 1) // 2  # of each expert between 0 and 31, by chance
+    row = parts * hidden
+    grouped = work.device == "cuda" and work.autocast
+    if grouped:
+        row += hidden
+    weights = _weights(work, (parts + 1) * local * hidden * width)
+    result = rows * width * half
+    inner = padded * row * half
+    kept = weights + result + (inner if work.recompute != "selective" else 0)
+    forward = kept + result
+    backward = 2 * result
+    if grouped:
+        backward += rows * (parts + 1) * hidden * half
+        backward += inner if work.recompute == "selective" else 0
+    return Held(kept, forward, backward)
+
+
+PADDED = 32
+"""Rows of an expert are padded to a multiple of this for oneDNN (see coterie.csrc.matmul)."""
+
+
+def head(work: Workload) -> Held:
+    """The last norm, the output layer and the cross-entropy, which works in float32 at least."""
+    width, half = work.model.width, work.half
+    stream = work.own * width * work.whole
+    joined = work.gathered * width
+    exact = max(4, half)
+    logits = work.gathered * work.vocabulary
+    kept = norm(work) + joined * half + _weights(work, work.vocabulary * width)
+    kept += logits * exact  # log-probabilities
+    gathered = joined * work.whole if work.layout.tp > 1 and work.autocast else 0
+    forward = kept + stream + gathered + logits * half + (logits * exact if work.autocast else 0)
+    return Held(kept, forward, 2 * logits * exact)

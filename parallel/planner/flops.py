@@ -1,0 +1,70 @@
+"""Multiplications and additions of a stage's matrix products, for one micro-batch on one rank."""
+
+from dataclasses import dataclass
+
+from coterie.moe.activations import ACTIVATIONS
+from coterie.moe.feed_forward import FeedForwardConfig
+from coterie.parallel.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one forward pass; a backward pass has twice as many."""
+
+    forward: float
+    core: float = 0.0
+    """Of these, what selective recompute runs again: attention's core and hidden layers."""
+    blocks: float = 0.0
+    """Of these, what full recompute runs again: all but the output layer."""
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.forward + other.forward, self.core + other.core, self.blocks + other.blocks
+        )
+
+
+def stage_flops(work: Workload, stage: int) -> Flops:
+    """The stage's products; experts work on the busiest rank's rows."""
+    total = Flops(0.0)
+    layers = work.layers(stage)
+    moe = sum(work.model.is_moe(layer) for layer in layers)
+    for count, flops in (
+        (len(layers), _attention(work)),
+        (len(layers) - moe, _dense(work) if moe < len(layers) else Flops(0.0)),
+        (moe, _moe(work) if moe else Flops(0.0)),
+    ):
+        total += Flops(count * flops.forward, count * flops.core, count * flops.forward)
+    if stage == work.layout.stages - 1:
+        total += Flops(2.0 * work.gathered * work.model.width * work.vocabulary)
+    return total
+
+
+def _attention(work: Workload) -> Flops:
+    attention, layout = work.model.attention, work.layout
+    heads = (2 * attention.heads + 2 * work.kv_heads) * work.head_width // layout.tp
+    projections = 2.0 * work.gathered * work.model.width * heads
+    # causal: half of all pairs, in two products
+    pairs = work.gathered * work.sequence / 2
+    core = 4.0 * pairs * attention.heads // layout.tp * work.head_width
+    return Flops(projections + core, core)
+
+
+def _feed_forward(work: Workload, config: FeedForwardConfig) -> Flops:
+    parts = ACTIVATIONS[config.activation].parts
+    each = 2.0 * work.gathered * work.model.width * config.hidden / work.layout.tp
+    return Flops((parts + 1) * each, parts * each)
+
+
+def _dense(work: Workload) -> Flops:
+    assert work.model.feed_forward is not None
+    return _feed_forward(work, work.model.feed_forward)
+
+
+def _moe(work: Workload) -> Flops:
+    config = work.model.moe
+    assert config is not None
+    width, experts = work.model.width, config.experts
+    parts = ACTIVATIONS[experts.activation].parts
+    each = 2.0 * work.received * width * experts.hidden / work.layout.etp
+    routed = Flops((parts + 1) * each + 2.0 * work.own * width * experts.count, parts * each)
+    return routed + (_feed_forward(work, config.shared) if config.shared else Flops(0.0))

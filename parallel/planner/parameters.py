@@ -1,0 +1,225 @@
+"""Every parameter's shape, what cuts it, and so how many elements each rank owns."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.models import DecoderConfig
+from coterie.moe.activations import ACTIVATIONS
+from coterie.parallel.layout import Layout
+from coterie.parallel.placement import shard_dim
+from coterie.parallel.planner.workload import Workload
+
+Kind = Literal["dense", "expert"]
+Unit = tuple[str, int]
+"""What FSDP gathers at once: ("block", n) a block without its experts, ("experts", n),
+("embedding", 0) and ("head", 0) with the last norm."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the whole model."""
+
+    name: str
+    shape: tuple[int, ...]
+    unit: Unit
+    cuts: tuple[tuple[int, str], ...] = ()
+    """(dimension, axis) of each split: ``tp``, ``ep`` or ``etp``."""
+
+    @property
+    def kind(self) -> Kind:
+        """Experts are split over other ranks than all else."""
+        return "expert" if self.unit[0] == "experts" else "dense"
+
+    def part(self, layout: Layout) -> tuple[int, ...]:
+        """The shape on the rank with the largest part, before FSDP."""
+        shape = list(self.shape)
+        for dim, axis in self.cuts:
+            shape[dim] = -(-shape[dim] // getattr(layout, axis))
+        return tuple(shape)
+
+    def elements(self, layout: Layout) -> int:
+        """What FSDP leaves of the largest part."""
+        part, dim = self.part(layout), self.shard_dim(layout)
+        shards = layout.expert_shard if self.kind == "expert" else layout.shard
+        return -(-part[dim] // shards) * (prod(part) // part[dim])
+
+    def shard_dim(self, layout: Layout) -> int:
+        """The dimension that FSDP splits."""
+        ranks = layout.expert_shard if self.kind == "expert" else layout.shard
+        return shard_dim(self.part(layout), ranks)
+
+
+def parameters(config: DecoderConfig) -> Iterator[Parameter]:
+    """All parameters, named as the model names them."""
+    width, vocabulary = config.width, config.vocabulary
+    yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
+    for layer in range(config.layers):
+        for name, shape, cuts, in_experts in _block(config, config.is_moe(layer)):
+            unit = ("experts" if in_experts else "block", layer)
+            yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts)
+    yield Parameter("norm.weight", (width,), ("head", 0))
+    if not config.tie_embeddings:
+        yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
+
+
+_Entry = tuple[str, tuple[int, ...], tuple[tuple[int, str], ...], bool]
+
+
+def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
+    """(name, shape, cuts, whether it is in the experts) of a block's parameters."""
+    width, attention = config.width, config.attention
+    head = attention.head_width or width // attention.heads
+    kv_heads = attention.kv_heads or attention.heads
+    yield "attention_norm.weight", (width,), (), False
+    for name, heads in (("q", attention.heads), ("k", kv_heads), ("v", kv_heads)):
+        yield f"attention.{name}.weight", (heads * head, width), ((0, "tp"),), False
+    yield "attention.out.weight", (width, attention.heads * head), ((1, "tp"),), False
+    if attention.qk_norm:
+        yield "attention.q_norm.weight", (head,), (), False
+        yield "attention.k_norm.weight", (head,), (), False
+    yield "feed_forward_norm.weight", (width,), (), False
+    if not is_moe:
+        assert config.feed_forward is not None
+        ff = config.feed_forward
+        yield from _feed_forward("feed_forward", width, ff.hidden, ACTIVATIONS[ff.activation].parts)
+        return
+    assert config.moe is not None
+    experts, shared = config.moe.experts, config.moe.shared
+    parts = ACTIVATIONS[experts.activation].parts
+    yield "moe.router.weight", (experts.count, width), (), False
+    shape = (experts.count, parts, experts.hidden, width)
+    yield "moe.experts.w_in_EPFD", shape, ((0, "ep"), (2, "etp")), True
+    shape_out = (experts.count, experts.hidden, width)
+    yield "moe.experts.w_out_EFD", shape_out, ((0, "ep"), (1, "etp")), True
+    if shared is not None:
+        parts = ACTIVATIONS[shared.activation].parts
+        yield from _feed_forward("moe.shared", width, shared.hidden, parts)
+    if config.moe.shared_gate:
+        yield "moe.shared_gate_D", (width,), (), False
+
+
+def _feed_forward(name: str, width: int, hidden: int, parts: int) -> Iterator[_Entry]:
+    yield f"{name}.w_in_PFD", (parts, hidden, width), ((1, "tp"),), False
+    yield f"{name}.w_out_FD", (hidden, width), ((0, "tp"),), False
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """Elements of one FSDP unit on the rank with the largest part."""
+
+    whole: int
+    """Gathered: what tp, ep and etp leave."""
+    sharded: int
+    """What FSDP leaves of that."""
+    largest: int
+    """Of its biggest parameter, gathered."""
+    tensors: int
+
+
+@cache
+def unit_sizes(config: DecoderConfig, layout: Layout) -> dict[Unit, UnitSize]:
+    """The size of every unit of the model."""
+    grouped: dict[Unit, list[Parameter]] = {}
+    for parameter in representatives(config):
+        grouped.setdefault(parameter.unit, []).append(parameter)
+    sizes = {unit: _unit_size(members, layout) for unit, members in grouped.items()}
+    for layer in range(config.layers):
+        like = _like(config, layer)
+        for part in ("block", "experts"):
+            if (part, like) in sizes:
+                sizes[part, layer] = sizes[part, like]
+    return sizes
+
+
+def _like(config: DecoderConfig, layer: int) -> int:
+    """The first layer with the same parameters as ``layer``."""
+    return next(n for n in range(config.layers) if config.is_moe(n) == config.is_moe(layer))
+
+
+@cache
+def representatives(config: DecoderConfig) -> tuple[Parameter, ...]:
+    """The parameters of all units, of equal blocks only the first."""
+    kept = {_like(config, layer) for layer in range(config.layers)}
+    return tuple(
+        p for p in parameters(config) if p.unit[0] in ("embedding", "head") or p.unit[1] in kept
+    )
+
+
+def _unit_size(members: list[Parameter], layout: Layout) -> UnitSize:
+    whole = sharded = largest = 0
+    for parameter in members:
+        part = parameter.part(layout)
+        whole += prod(part)
+        sharded += parameter.elements(layout)
+        largest = max(largest, prod(part))
+    return UnitSize(whole, sharded, largest, len(members))
+
+
+def units_of(work: Workload, stage: int) -> list[Unit]:
+    """The units of a pipeline stage, in the order of the forward pass."""
+    units: list[Unit] = [("embedding", 0)] if stage == 0 else []
+    for layer in work.layers(stage):
+        units.append(("block", layer))
+        if work.model.is_moe(layer):
+            units.append(("experts", layer))
+    if stage == work.layout.stages - 1:
+        units.append(("head", 0))
+    return units
+
+
+def owned(work: Workload) -> npt.NDArray[np.int64]:
+    """(world, 2): elements of dense and of expert parameters that each rank stores."""
+    layout = work.layout
+    table = np.zeros((layout.world, 2), dtype=np.int64)
+    dense, expert = _elements_by_stage(work)
+    for pp in range(layout.pp):
+        ranks = slice(pp * layout.stage_ranks, (pp + 1) * layout.stage_ranks)
+        mine = layout.stages_of(pp)
+        table[ranks, 0] = sum(dense[stage] for stage in mine)
+        table[ranks, 1] = sum(expert[stage] for stage in mine)
+    return table
+
+
+def _elements_by_stage(
+    work: Workload,
+) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]]:
+    """Elements of each stage's dense and expert parameters, by rank inside the stage."""
+    layout, config = work.layout, work.model
+    by_unit: dict[Unit, npt.NDArray[np.int64]] = {}
+    for parameter in representatives(config):
+        held = _held(parameter, layout)
+        by_unit[parameter.unit] = by_unit.get(parameter.unit, 0) + held
+    dense, expert = [], []
+    nothing = np.zeros(layout.stage_ranks, dtype=np.int64)
+    for stage in range(layout.stages):
+        sums = {"dense": nothing, "expert": nothing}
+        for name, layer in units_of(work, stage):
+            like = layer if name in ("embedding", "head") else _like(config, layer)
+            kind = "expert" if name == "experts" else "dense"
+            sums[kind] = sums[kind] + by_unit[name, like]
+        dense.append(sums["dense"])
+        expert.append(sums["expert"])
+    return dense, expert
+
+
+def _held(parameter: Parameter, layout: Layout) -> npt.NDArray[np.int64]:
+    """Elements of ``parameter`` on each rank of a stage: parts as ``torch.chunk`` makes them."""
+    axes: dict[str, int]
+    if parameter.kind == "expert":
+        axes = {"": layout.expert_replicate, "shard": layout.expert_shard}
+        axes |= {"ep": layout.ep, "etp": layout.etp}
+    else:
+        axes = {"": layout.replicate, "shard": layout.shard, "tp": layout.tp}
+    places = np.indices(tuple(axes.values())).reshape(len(axes), -1)
+    place = dict(zip(axes, places, strict=True))
+    lengths = [np.full(layout.stage_ranks, length, dtype=np.int64) for length in parameter.shape]
+    for dim, axis in (*parameter.cuts, (parameter.shard_dim(layout), "shard")):
+        each = -(-lengths[dim] // axes[axis])
+        lengths[dim] = (lengths[dim] - place[axis] * each).clip(0, each)
+    return np.prod(lengths, axis=0)

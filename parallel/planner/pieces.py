@@ -1,0 +1,160 @@
+"""A pipeline stage as a row of pieces that run one after the other, and what each holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from coterie.parallel.planner import activations
+from coterie.parallel.planner.activations import Held
+from coterie.parallel.planner.parameters import Parameter, representatives
+from coterie.parallel.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A half of a block, the embedding, or the head."""
+
+    held: Held
+    gradients: int
+    """Bytes of the gradients of its parameters, before FSDP."""
+    largest: int
+    """Of the largest of these."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage holds of one micro-batch, in bytes."""
+
+    kept: int
+    """From its forward to its backward pass."""
+    forward: int
+    """The most inside the forward pass, beyond what was there before it."""
+    first_backward: int
+    """The most inside a step's first backward pass, beyond what was there before it: gradients
+    appear."""
+    backward: int
+    """The same for a later one: gradients are added to those there."""
+    gradients: int
+
+
+class Pieces:
+    """The pieces of a workload's stages; those of equal blocks are computed once."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self._made: dict[str, Piece] = {}
+
+    def stage(self, number: int) -> Stage:
+        """What stage ``number`` holds."""
+        pieces = self._row(number)
+        kept = forward = 0
+        for piece in pieces:
+            forward = max(forward, kept + piece.held.forward)
+            kept += piece.held.kept
+        # the last piece's result, until it is handed on
+        first, later, live, made = 0, 0, kept, 0
+        for piece in reversed(pieces):
+            made += piece.gradients
+            first = max(first, live + piece.held.backward + made)
+            later = max(later, live + piece.held.backward + piece.gradients)
+            live -= piece.held.kept
+        return Stage(kept, forward, first - kept, later - kept, made)
+
+    def _row(self, number: int) -> list[Piece]:
+        work = self.work
+        row = [self._piece("embedding")] if number == 0 else []
+        for layer in work.layers(number):
+            feed = "moe" if work.model.is_moe(layer) else "dense"
+            if work.recompute == "full":
+                row.append(self._piece(f"block {feed}"))
+            else:
+                row += [self._piece("attention"), self._piece(feed)]
+        if number > 0 and row and work.layers(number):
+            row[0] = self._received(row[0])
+        return row + ([self._piece("head")] if number == work.layout.stages - 1 else [])
+
+    def _piece(self, kind: str) -> Piece:
+        if kind not in self._made:
+            self._made[kind] = _MAKERS[kind](self.work)
+        return self._made[kind]
+
+    def _received(self, piece: Piece) -> Piece:
+        """The first piece of a later stage: its input lies in a receive buffer."""
+        stream = self.work.own * self.work.model.width * self.work.whole
+        held = piece.held
+        held = Held(held.kept - stream, held.forward - stream, held.backward)
+        return Piece(held, piece.gradients, piece.largest)
+
+
+def _embedding(work: Workload) -> Piece:
+    return _with_gradients(work, activations.embedding(work), lambda p: p.unit[0] == "embedding")
+
+
+def _head(work: Workload) -> Piece:
+    return _with_gradients(work, activations.head(work), lambda p: p.unit[0] == "head")
+
+
+def _attention(work: Workload) -> Piece:
+    layer = 0
+    return _with_gradients(
+        work, activations.attention_half(work), lambda p: _half(p, layer, attention=True)
+    )
+
+
+def _feed(moe: bool) -> Callable[[Workload], Piece]:
+    def make(work: Workload) -> Piece:
+        layer = _first(work, moe)
+        held = activations.moe_half(work) if moe else activations.dense_half(work)
+        return _with_gradients(work, held, lambda p: _half(p, layer, attention=False))
+
+    return make
+
+
+def _recomputed(moe: bool) -> Callable[[Workload], Piece]:
+    """A block that keeps its input alone; its forward pass runs again before its backward pass."""
+
+    def make(work: Workload) -> Piece:
+        first, second = _attention(work), _feed(moe)(work)
+        stream = work.own * work.model.width * work.whole
+        inside = first.held.kept + second.held.kept
+        held = Held(
+            kept=stream,
+            forward=stream + max(first.held.forward, second.held.forward),
+            backward=max(
+                inside + second.held.backward,
+                first.held.kept + first.held.backward + second.gradients,
+                first.held.kept + second.held.forward,
+            )
+            - stream,
+        )
+        gradients = first.gradients + second.gradients
+        return Piece(held, gradients, max(first.largest, second.largest))
+
+    return make
+
+
+_MAKERS: dict[str, Callable[[Workload], Piece]] = {
+    "embedding": _embedding,
+    "attention": _attention,
+    "dense": _feed(False),
+    "moe": _feed(True),
+    "block dense": _recomputed(False),
+    "block moe": _recomputed(True),
+    "head": _head,
+}
+
+
+def _first(work: Workload, moe: bool) -> int:
+    return next(n for n in range(work.model.layers) if work.model.is_moe(n) == moe)
+
+
+def _half(parameter: Parameter, layer: int, attention: bool) -> bool:
+    kind, number = parameter.unit
+    if kind not in ("block", "experts") or number != layer:
+        return False
+    return (".attention" in parameter.name) == attention
+
+
+def _with_gradients(work: Workload, held: Held, mine: Callable[[Parameter], bool]) -> Piece:
+    sizes = [prod(p.part(work.layout)) * work.whole for p in representatives(work.model) if mine(p)]
+    return Piece(held, sum(sizes), max(sizes, default=0))

@@ -1,0 +1,71 @@
+"""The plan's table of parameters is the model's, on every rank of every layout."""
+
+import itertools
+
+import pytest
+import torch
+
+from coterie.models import Decoder
+from coterie.parallel.layout import Layout
+from coterie.parallel.placement import places
+from coterie.parallel.planner.parameters import owned, parameters, unit_sizes, units_of
+from coterie.parallel.planner.workload import Workload
+from tests.parallel.planner.saved import model_config
+
+CONFIG = model_config(
+    vocabulary=277,
+    layers=4,
+    attention={"heads": 4, "kv_heads": 2, "qk_norm": True},
+    moe={
+        "experts": {"count": 8, "hidden": 48},
+        "router": {"k": 2},
+        "shared": {"hidden": 40},
+        "shared_gate": True,
+    },
+)
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2, ep=2, etp=2, dp_replicate=4),
+    Layout(pp=2, ep=4, dp_shard=4),
+    Layout(pp=2, vpp=2, schedule="zbv", tp=2, cp=2, ep=2, dp_shard=2, dp_replicate=2),
+    Layout(tp=2, dp_shard=3, dp_replicate=2),
+]
+
+
+def work_of(layout: Layout) -> Workload:
+    blocks = tuple(CONFIG.layers // layout.stages for _ in range(layout.stages))
+    return Workload(CONFIG, layout, blocks, 64, 2, 4, "none", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
+def test_every_rank_owns_what_its_model_would(layout: Layout) -> None:
+    work = work_of(layout)
+    blocks = tuple(work.layers(stage) for stage in range(layout.stages))
+    expected = []
+    for rank in range(layout.world):
+        held = places(CONFIG, blocks, layout, rank).values()
+        expected.append(
+            [sum(p.box.numel for p in held if p.expert == expert) for expert in (False, True)]
+        )
+    assert owned(work).tolist() == expected
+
+
+def test_names_and_shapes_are_the_models() -> None:
+    for tied in (False, True):
+        config = CONFIG.model_copy(update={"tie_embeddings": tied})
+        with torch.device("meta"):
+            model = Decoder(config)
+        ours = {p.name: p.shape for p in parameters(config)}
+        assert ours == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
+def test_units_hold_the_largest_parts(layout: Layout) -> None:
+    work = work_of(layout)
+    sizes = unit_sizes(CONFIG, layout)
+    most = owned(work).sum(1).reshape(layout.pp, -1).max(1)
+    for pp in range(layout.pp):
+        units = itertools.chain.from_iterable(units_of(work, s) for s in layout.stages_of(pp))
+        planned = sum(sizes[unit].sharded for unit in units)
+        # the largest part of each parameter: no rank has more, and one may have less of some
+        assert most[pp] <= planned <= most[pp] * 1.1

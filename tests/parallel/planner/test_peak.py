@@ -1,0 +1,18 @@
+"""The plan's peak is what real processes hold at most."""
+
+import pytest
+
+from tests.parallel.planner.measure import CASES, compared
+
+TESTED = ("one process", "ep 2", "tp 2", "cp 2", "pp 2", "dp_shard 2", "recompute full")
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_peak_of_live_tensors(name: str) -> None:
+    """Within 10%. gloo may free what a collective used late, which only adds: the least counts."""
+    assert name in CASES
+    for _ in range(3):
+        ratios = [predicted / seen for predicted, seen in compared(name)]
+        if min(ratios) >= 0.9:
+            break
+    assert all(0.9 < ratio < 1.1 for ratio in ratios), ratios
