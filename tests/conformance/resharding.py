@@ -1,7 +1,11 @@
 """One rank of a run that is saved on one layout and goes on on another."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -77,6 +81,53 @@ class Run:
         return {name: part.tensor.clone() for name, part in self.parts().items()}
 
 
+def neighbours_swapped() -> AbstractContextManager[Any]:
+    """Two ranks load each other's experts."""
+    right = ParallelModel.part
+
+    def wrong(self: ParallelModel, name: str, tensor: Tensor) -> Part:
+        part = right(self, name, tensor)
+        if not self.places[name].expert:
+            return part
+        here = part.box.offset[0]
+        there = here ^ part.box.shape[0]
+        return Part(part.tensor, replace(part.box, offset=(there, *part.box.offset[1:])))
+
+    return patch.object(ParallelModel, "part", wrong)
+
+
+def moments_lost() -> AbstractContextManager[Any]:
+    """The optimizer's moments stay zero."""
+    right = optimizer_parts
+
+    def wrong(model: ParallelModel, optimizer: Optimizer) -> dict[str, Part]:
+        parts = right(model, optimizer)
+        return {name: Part(part.tensor.clone(), part.box) for name, part in parts.items()}
+
+    return patch.dict(globals(), optimizer_parts=wrong)
+
+
+def first_moment_twice() -> AbstractContextManager[Any]:
+    """Both moments are loaded from the first one."""
+    right = optimizer_parts
+
+    def wrong(model: ParallelModel, optimizer: Optimizer) -> dict[str, Part]:
+        parts = right(model, optimizer)
+        for state in optimizer.adamw.state.values():
+            state["exp_avg_sq"] = state["exp_avg"]
+        return parts
+
+    return patch.dict(globals(), optimizer_parts=wrong)
+
+
+MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "two ranks load each other's experts": neighbours_swapped,
+    "the optimizer's moments are lost": moments_lost,
+    "both moments are the first": first_moment_twice,
+}
+"""Errors planted while a checkpoint is loaded on another layout."""
+
+
 def on_rank(
     rank: int, world: int, data: Path, folder: Path, truth: Path
 ) -> dict[tuple[str, str], dict[str, float]]:
@@ -91,6 +142,11 @@ def on_rank(
         originals[name] = run.bits()
 
     found = {}
+    for name, plant in MUTATIONS.items():
+        run = Run(data, LAYOUTS["ep 4"], world)
+        with plant():
+            run.load(folder / "tp 2, pp 2")
+        found["mutation", name] = _errors(run, expected)
     for saved in LAYOUTS:
         for loaded, parallel in LAYOUTS.items():
             run = Run(data, parallel, world)

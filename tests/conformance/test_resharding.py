@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conformance.case import plain_run
-from tests.conformance.resharding import LAYOUTS, longer, on_rank
+from tests.conformance.resharding import LAYOUTS, MUTATIONS, longer, on_rank
 from tests.distributed import run_ranks
 from tests.parallel.tiny import write_data
 
@@ -39,3 +39,8 @@ def test_the_next_steps_are_those_of_the_unbroken_run(
 @pytest.mark.parametrize("saved", LAYOUTS)
 def test_there_and_back_changes_no_byte(saved: str, loaded: str, outcomes: Outcomes) -> None:
     assert outcomes[saved, loaded]["changed"] == 0
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_errors_planted_in_loading_are_noticed(name: str, outcomes: Outcomes) -> None:
+    assert outcomes["mutation", name]["weights"] > 1e-5
