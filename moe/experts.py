@@ -5,6 +5,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axis, Cut
+from coterie.comm.exchange.base import Exchange, Rows
 from coterie.core.config import Config
 from coterie.moe.activations import ACTIVATIONS, ActivationName
 from coterie.moe.grouped_ffn import grouped_ffn
@@ -64,3 +65,11 @@ class Experts(nn.Module):
             half = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, w_in_EHD, w_out_EFD = x_AD.to(half), w_in_EHD.to(half), w_out_EFD.to(half)
         return grouped_ffn(x_AD, w_in_EHD, w_out_EFD, load_E, self.activation, self.recompute)
+
+    def over(self, exchange: Exchange, x_TD: Tensor, assignment: Rows) -> Tensor:
+        """The tokens sent through these experts by ``exchange``: (T, D) → (T, D).
+
+        However many rounds that takes, weights that are sharded are gathered once: ranks that
+        share them but exchange with others need not have as many rounds.
+        """
+        return exchange(x_TD, assignment, self.forward)

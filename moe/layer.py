@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         assignment, losses, stats = self.router(x_TD, info or TokenInfo())
         assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
-        y_TD = self.exchange(x_TD, assignment, self.experts)
+        y_TD = self.experts.over(self.exchange, x_TD, assignment)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate_D is not None:

@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
 from coterie.models.decoder import Block, Decoder
@@ -45,6 +45,7 @@ def shard(stage: nn.Module, decoder: Decoder, ranks: Ranks) -> None:
     if expert_mesh is not None:
         for module in experts:
             wrap(module, expert_mesh, reshard)
+            register_fsdp_forward_method(module, "over")
     for block in cast(Iterable[Block], decoder.blocks.values()):
         wrap(block, mesh, reshard)
     tied = decoder.embedding and decoder.head and decoder.embedding.weight is decoder.head.weight
