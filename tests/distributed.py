@@ -10,6 +10,7 @@ import datetime
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -105,7 +106,7 @@ class Ranks:
                 if self._connections[rank] not in ready:
                     continue
                 try:
-                    succeeded, value = self._connections[rank].recv()
+                    succeeded, value = pickle.loads(self._connections[rank].recv_bytes())
                 except EOFError:
                     self.processes[rank].join()
                     succeeded, value = False, f"died with exit code {self._exit_code(rank)}"
@@ -202,9 +203,11 @@ def _run_rank(
         sys.stdout.flush()
         sys.stderr.flush()
         try:
-            connection.send(report)
+            # plain bytes: multiprocessing would hand over a file descriptor for each tensor
+            connection.send_bytes(pickle.dumps(report))
         except Exception:  # a result that cannot be pickled
-            connection.send((False, f"returned what cannot be sent\n{traceback.format_exc()}"))
+            text = f"returned what cannot be sent\n{traceback.format_exc()}"
+            connection.send_bytes(pickle.dumps((False, text)))
         # Stay until all ranks have reported: a rank that left early would break the others'
         # collectives, and hide the first failure behind "connection closed by peer".
         connection.poll(timeout)

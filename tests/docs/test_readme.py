@@ -24,6 +24,7 @@ SHOWN = (
     "CONTRIBUTING.md",
     "docs/checkpoints.md",
     "docs/parallelism.md",
+    "docs/plan.md",
     "docs/quickstart.md",
 )
 RANKS = 2
