@@ -429,7 +429,10 @@ def contiguous_rotation(_: Ranks) -> Planted:
     def wrong(length: int, cp: Axis, device: Any = None) -> Tensor:
         return torch.arange(length, device=device).chunk(cp.size)[cp.rank]
 
-    return patch.object(attention, "context_positions", wrong)
+    return both(
+        patch.object(attention, "context_positions", wrong),
+        patch.object(attention, "_rotation", attention._rotation.__wrapped__),  # nothing cached
+    )
 
 
 def documents_as_held(_: Ranks) -> Planted:
