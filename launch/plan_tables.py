@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ _MEMORY = {
     "temporary": "inside",
 }
 """Columns, by what they show of a rank's memory."""
+_COLUMNS = 5  # kinds of rank that fit beside each other
 
 
 def show(plan: "Plan", name: str, every_rank: bool) -> None:
@@ -53,23 +55,45 @@ def show(plan: "Plan", name: str, every_rank: bool) -> None:
 
 
 def _kinds(plan: "Plan") -> Table:
-    table = Table(title="memory, by kind of rank", title_justify="left")
+    """A column for each kind of rank; where there are many, a line for each."""
     used = [name for name in _MEMORY if any(getattr(k.memory, name) for k in plan.kinds)]
-    heads = (_MEMORY[name] for name in used)
-    for column in ("ranks", "first", "stages", "dense", "expert", *heads, "peak"):
-        table.add_column(column, justify="right")
-    for same in _alike(plan.kinds):
-        kind = same[0]
-        table.add_row(
+    heads = ["ranks", "first", "stages", "dense", "expert", *(_MEMORY[n] for n in used), "peak"]
+    kinds = [
+        [
             str(sum(len(kind.ranks) for kind in same)),
             str(same[0].ranks[0]),
             _span([stage for k in same for stage in k.stages]),
-            _number(kind.dense),
-            _number(kind.expert),
+            _number(same[0].dense),
+            _number(same[0].expert),
             *(_range([getattr(k.memory, name) for k in same]) for name in used),
             _range([k.memory.peak for k in same]),
-        )
+        ]
+        for same in _alike(plan.kinds)
+    ]
+    few = len(kinds) <= _COLUMNS
+    table = _table("memory, by kind of rank", show_header=not few)
+    if few:
+        table.add_column(justify="left")
+        for _ in kinds:
+            table.add_column(justify="right")
+        for line in zip(heads, *kinds, strict=True):
+            table.add_row(*line)
+        return table
+    for head in heads:
+        table.add_column(head, justify="right")
+    for kind in kinds:
+        table.add_row(*kind)
     return table
+
+
+def _table(title: str, show_header: bool = True) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=show_header,
+    )
 
 
 def _alike(kinds: list["Kind"]) -> Iterator[list["Kind"]]:
@@ -99,7 +123,7 @@ def _range(values: list[int]) -> str:
 
 
 def _groups(plan: "Plan") -> Table:
-    table = Table(title="groups", title_justify="left")
+    table = _table("groups")
     for column, side in (
         ("axis", "left"),
         ("groups", "right"),
@@ -116,15 +140,8 @@ def _groups(plan: "Plan") -> Table:
 
 def _traffic(plan: "Plan") -> Table:
     busiest = max(range(len(plan.collectives)), key=lambda pp: _weight(plan, pp))
-    table = Table(
-        title="sent in a step by a rank"
-        + (
-            f" of pipeline rank {busiest}, which sends the most"
-            if len(plan.collectives) > 1
-            else ""
-        ),
-        title_justify="left",
-    )
+    most = f" of pipeline rank {busiest}, which sends the most"
+    table = _table(f"sent in a step by a rank{most if len(plan.collectives) > 1 else ''}")
     for column in ("what", "over", "how", "times", "inside the node", "to other nodes"):
         table.add_column(
             column, justify="right" if column not in ("what", "over", "how") else "left"
