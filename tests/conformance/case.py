@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axes
-from coterie.data import IGNORE, IMAGE, TEXT, Sampler, each_row, open_dataset
+from coterie.data import IGNORE, IMAGE, TEXT, Sampler, each_row, open_dataset, write_dataset
 from coterie.launch.config import RunConfig
 from coterie.models import Decoder, initialise
 from coterie.moe.routers.top_k import TopKRouter
@@ -27,6 +28,18 @@ EMPTY = 5
 CLIP = 0.2
 STEPS = 3
 Result = dict[str, Any]
+
+
+def write_documents(path: Path, rows: int = 40, held_out: int = 7) -> Path:
+    """Rows of two documents, text or text with an image inside, and padding of many lengths."""
+    gen = np.random.default_rng(0)
+    with write_dataset(path, VOCABULARY, SEQUENCE, {}) as writer:
+        for split, count in (("train", rows), ("held_out", held_out)):
+            for number in range(2 * count):
+                text = gen.integers(97, 107, gen.integers(11, 15) - 6 * (number % 2))
+                image = VOCABULARY.captioned(gen.integers(0, 3, (2, 2)), "a")
+                writer.add(split, VOCABULARY.join([text, image] if number % 2 else [text]))
+    return path
 
 
 def config_of(

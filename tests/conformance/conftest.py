@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance.case import write_documents
 from tests.conformance.crew import Crew
-from tests.parallel.tiny import write_data
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only: training and held-out documents."""
-    return write_data(tmp_path_factory.mktemp("conformance") / "data")
+    return write_documents(tmp_path_factory.mktemp("conformance") / "data")
 
 
 @pytest.fixture(scope="session")

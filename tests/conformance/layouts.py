@@ -148,12 +148,20 @@ def jobs() -> list[Job]:
 
 
 def recomputed(job: Job, recompute: str) -> Job:
-    """The same layout with another recompute. Where the backward pass is split and everything is
-    computed again, that happens for each parameter: one step must do."""
+    """The same layout with another recompute; with full recompute, which takes longer, a pipeline of
+    two ranks has fewer micro-batches. Where the backward pass is split too, everything is computed
+    again for each parameter: one step must do."""
+    if recompute != "full":
+        return replace(job, recompute=recompute)
     parallel = dict(job.parallel)
+    fewer = 2 if parallel.get("pp") == 2 else 1
     split = parallel.get("schedule") in ("zero_bubble", "zbv") and parallel.get("vpp", 1) > 1
     return replace(
-        job, recompute=recompute, steps=1 if split and recompute == "full" else job.steps
+        job,
+        recompute=recompute,
+        batch=job.batch // fewer,
+        accumulation=job.accumulation // fewer,
+        steps=1 if split else job.steps,
     )
 
 
