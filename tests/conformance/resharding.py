@@ -107,15 +107,16 @@ def moments_lost() -> AbstractContextManager[Any]:
     return patch.dict(globals(), optimizer_parts=wrong)
 
 
-def first_moment_twice() -> AbstractContextManager[Any]:
-    """Both moments are loaded from the first one."""
+def counts_lost() -> AbstractContextManager[Any]:
+    """The optimizer counts its steps from zero again."""
     right = optimizer_parts
 
     def wrong(model: ParallelModel, optimizer: Optimizer) -> dict[str, Part]:
         parts = right(model, optimizer)
-        for state in optimizer.adamw.state.values():
-            state["exp_avg_sq"] = state["exp_avg"]
-        return parts
+        return {
+            name: Part(part.tensor.clone(), part.box) if name.endswith(".step") else part
+            for name, part in parts.items()
+        }
 
     return patch.dict(globals(), optimizer_parts=wrong)
 
@@ -123,7 +124,7 @@ def first_moment_twice() -> AbstractContextManager[Any]:
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "two ranks load each other's experts": neighbours_swapped,
     "the optimizer's moments are lost": moments_lost,
-    "both moments are the first": first_moment_twice,
+    "the optimizer's step counts are lost": counts_lost,
 }
 """Errors planted while a checkpoint is loaded on another layout."""
 

@@ -29,7 +29,7 @@ RUN = [
 ]
 START = ["parallel.ep=2", "--nproc", "2"]
 OTHERS = [
-    ["parallel.ep=1", "parallel.tp=2", "parallel.pp=2", "--nproc", "4"],
+    ["parallel.ep=1", "parallel.tp=2", "parallel.pp=2", "parallel.dp_shard=1", "--nproc", "4"],
     ["parallel.ep=2", "parallel.tp=1", "parallel.pp=1", "parallel.dp_shard=2", "--nproc", "2"],
 ]
 
