@@ -148,9 +148,9 @@ def jobs() -> list[Job]:
 
 
 def recomputed(job: Job, recompute: str) -> Job:
-    """The same layout with another recompute; with full recompute, which takes longer, a pipeline of
-    two ranks has fewer micro-batches. Where the backward pass is split too, everything is computed
-    again for each parameter: one step must do."""
+    """The same layout with another recompute; with full recompute, which takes longer, a pipeline
+    of two ranks has fewer micro-batches. Where the backward pass is split too, everything is
+    computed again for each parameter: one step must do."""
     if recompute != "full":
         return replace(job, recompute=recompute)
     parallel = dict(job.parallel)
