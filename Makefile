@@ -13,6 +13,8 @@ READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
+# its ranks share a core: one such set of processes for each core is the fastest
+CONFORMANCE := $(BIN)/python -m pytest -n auto --dist loadgroup tests/conformance
 
 .PHONY: help setup train test conformance lint types bench clean
 
@@ -62,12 +64,13 @@ train: $(READY)
 
 test: $(TESTS_READY)
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore=tests/conformance
+	@$(CONFORMANCE)
 
 # N of the layouts of eight processes, the same each time, or N=all; CI runs the chosen ones alone
 N ?= 100
 conformance: $(TESTS_READY)
-	@CONFORMANCE=$(N) $(BIN)/python -m pytest tests/conformance
+	@CONFORMANCE=$(N) $(CONFORMANCE)
 
 lint: $(TESTS_READY)
 	@$(BIN)/ruff check .

@@ -9,16 +9,21 @@ meaningless while other programs load the machine.
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+
+from coterie.comm.gloo import schedule_as_batch
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "machines" / "cpu.yaml"
 SIZES = (1 << 10, 1 << 24)  # bytes of a small and a large all-reduce
@@ -51,6 +56,7 @@ def copying(rounds: int) -> float:
 def _rank(rank: int, ranks: int, port: int, threads: int, rounds: int, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(threads)
+    schedule_as_batch()
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     measured = [rate(torch.float32, 1024, rounds), copying(rounds)]
     for size in SIZES:

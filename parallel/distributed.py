@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from coterie.comm.axis import Axes
+from coterie.comm.gloo import schedule_as_batch
 from coterie.comm.objects import gather_objects
 from coterie.core.errors import UserError
 from coterie.parallel.layout import AXES, Coordinates, Layout
@@ -86,6 +87,8 @@ def start(layout: Layout, timeout: float) -> Ranks:
 
     limit = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=limit))
+    if device.type == "cpu":
+        schedule_as_batch()
     # an elastic agent's store outlives a restart: each incarnation needs keys of its own
     incarnation = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(

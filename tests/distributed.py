@@ -187,7 +187,10 @@ def _run_rank(
         import torch
         import torch.distributed as dist
 
+        from coterie.comm.gloo import schedule_as_batch
+
         torch.set_num_threads(1)
+        schedule_as_batch()
         report: tuple[bool, Any]
         try:
             dist.init_process_group(

@@ -176,7 +176,8 @@ def peaks(rank: int, world: int, layers: int, recompute: bool) -> dict[tuple[flo
         return run
 
     return {
-        (skew, factor): peak_bytes(passes(skew, factor))
+        # the least of a few: gloo's threads may let go late of what they sent
+        (skew, factor): min(peak_bytes(passes(skew, factor)) for _ in range(3))
         for skew in (1.0, 2.0, float(world))
         for factor in (None, 1.0, 1.5)
     }

@@ -19,10 +19,12 @@ _NAMES = ("tp", "pp", "vpp", "schedule", "stages", "cp", "ep", "etp", "dp_shard"
 _EIGHT_STAGES = (0, 1, 1, 1, 1, 1, 1, 0)
 _STAGES = {(4, 2): _EIGHT_STAGES, (8, 1): _EIGHT_STAGES}
 """Where six blocks do not fill all stages, by pp and vpp."""
-_MICRO_BATCHES = {1: 2, 2: 4, 3: 3, 4: 4, 8: 8}
+_MICRO_BATCHES = {1: 2, 2: 2, 3: 3, 4: 4, 8: 8}
 """Enough for each schedule, by the length of the pipeline; few, for the sake of time."""
-_FEW_LAYERS, _LAYERS = 4, 6
-"""The fewer the faster; some pipelines need more."""
+_STEADY = 4
+"""Micro-batches of a pipeline of two that is not mixed with other axes."""
+_LAYERS = 6
+"""Of long pipelines."""
 _ROWS = 4
 """Sequences in a micro-batch, unless there are more data-parallel ranks."""
 
@@ -31,18 +33,19 @@ def job_of(world: int, recompute: str = "none", **parallel: Any) -> Job:
     """The job for a layout; what is 1 is left out, the schedule named."""
     pp, stages = parallel.get("pp", 1), parallel.get("stages")
     others = pp * parallel.get("tp", 1) * parallel.get("cp", 1)
-    accumulation = _MICRO_BATCHES[pp]
+    accumulation = _STEADY if pp == world == 2 else _MICRO_BATCHES[pp]
     if pp > 1 and parallel.get("schedule") is None:
         parallel["schedule"] = "1f1b" if parallel.get("vpp", 1) == 1 else "interleaved"
     named = ((name, parallel.get(name, 1)) for name in _NAMES)
-    few = pp * parallel.get("vpp", 1) <= _FEW_LAYERS and pp != 3 and stages is None
+    parts = pp * parallel.get("vpp", 1)
+    few = 3 if pp == 1 else 4  # the fewer the faster
     return Job(
         world=world,
         parallel=tuple((name, value) for name, value in named if value not in (1, None)),
         recompute=recompute,
         batch=accumulation * max(_ROWS, world // others),
         accumulation=accumulation,
-        layers=_FEW_LAYERS if few else _LAYERS,
+        layers=few if parts in (1, 2, 4) and stages is None else _LAYERS,
     )
 
 
@@ -148,20 +151,12 @@ def jobs() -> list[Job]:
 
 
 def recomputed(job: Job, recompute: str) -> Job:
-    """The same layout with another recompute; with full recompute, which takes longer, a pipeline
-    of two ranks has fewer micro-batches. Where the backward pass is split too, everything is
-    computed again for each parameter: one step must do."""
-    if recompute != "full":
-        return replace(job, recompute=recompute)
+    """The same layout with another recompute. With full recompute and a backward pass that is split
+    too, everything is computed again for each parameter: one step must do."""
     parallel = dict(job.parallel)
-    fewer = 2 if parallel.get("pp") == 2 else 1
     split = parallel.get("schedule") in ("zero_bubble", "zbv") and parallel.get("vpp", 1) > 1
     return replace(
-        job,
-        recompute=recompute,
-        batch=job.batch // fewer,
-        accumulation=job.accumulation // fewer,
-        steps=1 if split else job.steps,
+        job, recompute=recompute, steps=1 if split and recompute == "full" else job.steps
     )
 
 

@@ -6,7 +6,7 @@ The truth is a plain loop in float64 over autograd, torch's own clipping and its
 import pytest
 
 from coterie.data import IGNORE, IMAGE, TEXT, Batch
-from tests.conformance.case import CLIP, EMPTY, STEPS, config_of, sampler_of
+from tests.conformance.case import CLIP, EMPTY, STEPS, config_of, dense_layers, sampler_of
 from tests.conformance.crew import QUANTITIES, Crew, too_large
 from tests.conformance.layouts import jobs
 from tests.conformance.worker import Job
@@ -21,8 +21,7 @@ def test_a_layout_equals_one_plain_process(job: Job, crew: Crew) -> None:
     print(f"{job.name} largest={max(outcome.errors.values()):.2e}")
     print(f"seconds={outcome.seconds:.2f} cpu={outcome.cpu:.2f}", end=" ")
     print(f"memory={outcome.memory >> 20} files={outcome.files}")
-    complete = job.steps == job.config(crew.data).train.steps
-    assert outcome.errors.keys() == QUANTITIES - ({"held out"} if not complete else set())
+    assert outcome.errors.keys() == QUANTITIES - (set() if job.evaluates else {"held out"})
     assert too_large(outcome.errors) == {}
     assert outcome.covered_wrongly == []
 
@@ -32,10 +31,11 @@ def test_the_case_is_hard_enough(numbers: tuple[int, int, int], crew: Crew) -> N
     """Clipping bites, rows are dropped, an expert is empty, ranks differ in padding and targets."""
     batch, accumulation, layers = numbers
     job = Job(1, batch=batch, accumulation=accumulation, layers=layers)
-    for result in crew.truth(job):
+    for step, result in enumerate(crew.truth(job)):
         assert result["numbers"]["norm"] > 2 * CLIP
-        assert result["load"].keys() == set(range(layers)) - {0, layers // 2}
-        assert all(load[EMPTY] == 0 and max(load) > 0 for load in result["load"].values())
+        assert result["load"].keys() == set(range(layers)) - set(dense_layers(layers))
+        empty = [load[EMPTY] == 0 and max(load) > 0 for load in result["load"].values()]
+        assert all(empty) if step == 0 else any(empty)  # trained weights may choose it
         assert all(dropped > 0 for dropped in result["dropped"].values())
         assert all(0 < result["numbers"][name] < 10 for name in ("balance", "z"))
     sampler = sampler_of(config_of(crew.data, batch=batch, accumulation=accumulation))

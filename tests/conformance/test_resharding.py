@@ -8,6 +8,7 @@ from tests.conformance.resharding import LAYOUTS, MUTATIONS, longer, on_rank
 from tests.distributed import run_ranks
 from tests.parallel.tiny import write_data
 
+pytestmark = pytest.mark.xdist_group("resharding")  # one fixture that takes minutes
 Outcomes = dict[tuple[str, str], dict[str, float]]
 
 

@@ -52,6 +52,11 @@ class Job:
         return config_of(data, dict(self.parallel), self.recompute, *numbers)
 
     @property
+    def evaluates(self) -> bool:
+        """Held-out losses at the end; they know nothing of recompute."""
+        return self.steps == STEPS and self.recompute == "none"
+
+    @property
     def layout(self) -> str:
         """As in ``4-tp2-ep4``: processes, then the axes that are not 1."""
         axes = [_short(name, value) for name, value in self.parallel]
@@ -117,7 +122,7 @@ def report_on(job: Job, data: Path, truths: Path) -> Report:
     # many buckets, or one
     bucket = gradients.BUCKET if job.recompute == "none" else _SMALL_BUCKET
     with patch.object(gradients, "BUCKET", bucket), mutation:
-        results = run(config, ranks, job.steps)
+        results = run(job, config, ranks)
     truth = loaded(truth_file(truths, job))
     report = Report(
         errors=errors_here(results, truth),
@@ -156,7 +161,7 @@ def model_of(config: RunConfig, ranks: Ranks) -> ParallelModel:
         return build_model(config, ranks)
 
 
-def run(config: RunConfig, ranks: Ranks, steps: int) -> list[Result]:
+def run(job: Job, config: RunConfig, ranks: Ranks) -> list[Result]:
     """The first steps of the case, and this rank's parts of what they made."""
     model = model_of(config, ranks)
     sampler, train = sampler_of(config), config.train
@@ -173,7 +178,7 @@ def run(config: RunConfig, ranks: Ranks, steps: int) -> list[Result]:
 
     optimizer.adamw.register_step_pre_hook(before_update)
     results: list[Result] = []
-    for number in range(steps):
+    for number in range(job.steps):
         optimizer.lr = learning_rate(number, train.steps, config.optimizer)
         batches = [
             sampler.batch(number, micro, train.accumulation, ranks.place.dp, ranks.layout.dp)
@@ -197,7 +202,7 @@ def run(config: RunConfig, ranks: Ranks, steps: int) -> list[Result]:
                 "weights": {name: copied(model.part(name, p)) for name, p in model.named()},
             }
         )
-    if steps == train.steps:
+    if job.evaluates:
         dataset = open_dataset(str(config.data.path), "held_out")
         results[-1]["evaluation"] = evaluate(model, dataset, "fp64", config.evaluation.batch)
     return results
