@@ -14,7 +14,7 @@ TESTS_READY := $(VENV)/.tests-ready
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
 # its ranks share a core: one such set of processes for each core is the fastest
-CONFORMANCE := $(BIN)/python -m pytest -n auto --dist loadgroup tests/conformance
+CONFORMANCE := $(BIN)/python -m pytest -n auto tests/conformance
 
 .PHONY: help setup train test conformance lint types bench clean
 

@@ -37,5 +37,16 @@ def mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
 
 
+def mm_into(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor, add: bool = False) -> None:
+    """Write ``a @ b`` to ``total_MN``, or add it."""
+    if _by_onednn(a_MK) or total_MN.dtype != a_MK.dtype:
+        product_MN = mm(a_MK, b_KN)
+        total_MN.add_(product_MN) if add else total_MN.copy_(product_MN)
+    elif add:
+        total_MN.addmm_(a_MK, b_KN)
+    else:
+        torch.mm(a_MK, b_KN, out=total_MN)
+
+
 def _by_onednn(x: Tensor) -> bool:
     return _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"

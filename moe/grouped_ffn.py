@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from coterie.csrc.matmul import mm, pad_rows
+from coterie.csrc.matmul import mm, mm_into, pad_rows
 from coterie.csrc.twins import acc_dtype
 from coterie.moe.activations import ACTIVATIONS, ActivationName
 
@@ -107,9 +107,9 @@ class _LoopFFN(torch.autograd.Function):
             h = kept[number] if kept else mm(x, w_in.t())
             dh, a = act_backward(mm(dy, w_out.t()), h)
             if dw_out_EFD is not None:
-                _add_product(dw_out_EFD, run, a.t(), dy)
+                mm_into(dw_out_EFD[run.expert], a.t(), dy, add=not run.first)
             if dw_in_EHD is not None:
-                _add_product(dw_in_EHD, run, dh.t(), x)
+                mm_into(dw_in_EHD[run.expert], dh.t(), x, add=not run.first)
             if dx_AD is not None:
                 dx_AD[run.rows] = mm(dh, w_in)[: run.length]
         dw = [None if d is None else d.to(x_AD.dtype) for d in (dw_in_EHD, dw_out_EFD)]
@@ -137,11 +137,3 @@ def _runs(load: list[int]) -> Iterator[_Run]:
         for start in range(begin, max(end, begin + 1), _LONGEST):
             yield _Run(expert, slice(start, min(start + _LONGEST, end)), start == begin)
         begin = end
-
-
-def _add_product(total_E: Tensor, run: _Run, a: Tensor, b: Tensor) -> None:
-    # a product over no rows is zero: an expert without rows has a zero gradient
-    if run.first:
-        total_E[run.expert] = mm(a, b)
-    else:
-        total_E[run.expert] += mm(a, b)

@@ -10,7 +10,7 @@ hold the same parameter and saw other tokens:
 Where parameters are sharded, the reduce-scatter has summed over the shards and replicas already.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,9 @@ from coterie.parallel.layout import Layout
 from coterie.parallel.model import ParallelModel, local
 from coterie.parallel.placement import Place
 
-BUCKET = 16 * 2**20
-"""Elements in one all-reduce, unless one tensor has more: for bandwidth, yet pipelined."""
+BUCKET = 2**20
+"""Elements in one all-reduce of several tensors; a tensor that has more travels by itself, where it
+lies."""
 
 
 def sum_gradients(model: ParallelModel) -> None:
@@ -56,24 +57,28 @@ def _sum_in_buckets(tensors: list[Tensor], group: ProcessGroup | None) -> None:
         return
     pending = []
     for bucket in _buckets(tensors):
-        flat = _flatten_dense_tensors(bucket)
+        flat = bucket[0].contiguous() if len(bucket) == 1 else _flatten_dense_tensors(bucket)
         pending.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
     for bucket, flat, work in pending:
         work.wait()
-        for gradient, total in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-            gradient.copy_(total)
+        if flat is not bucket[0]:
+            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 
 
-def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    room = 0
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """In order; the same on all ranks, whose tensors have the same shapes."""
+    bucket: list[Tensor] = []
     for tensor in tensors:
-        if not buckets or tensor.numel() > room or tensor.dtype != buckets[-1][0].dtype:
-            buckets.append([])
-            room = BUCKET
-        buckets[-1].append(tensor)
-        room -= tensor.numel()
-    return buckets
+        if tensor.numel() > BUCKET:
+            yield [tensor]
+            continue
+        elements = sum(other.numel() for other in bucket)
+        if bucket and (elements + tensor.numel() > BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def global_norm(model: ParallelModel) -> Tensor:
@@ -93,9 +98,10 @@ def global_norm(model: ParallelModel) -> Tensor:
 
 def clip(model: ParallelModel, norm: Tensor, limit: float) -> None:
     """Scale all gradients by limit / norm where that is below one, in place."""
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    gradients = [gradient for _, gradient in _gradients(model)]
-    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+    scale = limit / (norm + 1e-6)
+    if scale < 1:
+        gradients = [gradient for _, gradient in _gradients(model)]
+        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
 
 
 def _gradients(model: ParallelModel) -> list[tuple[str, Tensor]]:

@@ -1,8 +1,8 @@
 """Real processes for tests: ``run_ranks(2, function, …)`` runs ``function(rank, …)`` on gloo ranks.
 
-The processes come from a fork server that has torch imported already, so a group starts in a
-fraction of a second. A rank that fails, dies or hangs ends the test with that rank's output and,
-for those still running, the Python stack of every thread.
+The processes come from a fork server that has torch and coterie imported already, so a group starts
+in a fraction of a second. A rank that fails, dies or hangs ends the test with that rank's output
+and, for those still running, the Python stack of every thread.
 """
 
 import ctypes
@@ -24,8 +24,14 @@ from typing import Any
 _GRACE = 2.0  # seconds that the other ranks have to report after one has failed
 _DYING = 5.0  # seconds that a process has to write its stacks and end
 _PR_SET_PDEATHSIG = 1
-# What is slow to import; DTensor imports the last one when it is first used.
-_PRELOAD = ["torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "pytest"]
+# What is slow to import; DTensor imports torch._dynamo when it is first used.
+_PRELOAD = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "pytest",
+    "coterie.launch.assemble",
+]
 
 
 class RankFailure(AssertionError):

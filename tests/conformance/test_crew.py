@@ -17,7 +17,7 @@ JOB = replace(job_of(2, ep=2), steps=1)
 
 def test_a_hang_names_the_layout_and_shows_all_ranks(data: Path, truths: Path) -> None:
     job = replace(JOB, mutation="rank 1 hangs")
-    with Crew(data, truths, limit=10) as crew:
+    with Crew(data, truths, limit=6) as crew:
         with pytest.raises(RankFailure) as failure:
             crew.run(job)
         story = str(failure.value)

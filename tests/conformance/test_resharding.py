@@ -1,47 +1,48 @@
 """Saved on any layout, loaded on any other: the next steps are those of the unbroken run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.conformance.case import plain_run
-from tests.conformance.resharding import LAYOUTS, MUTATIONS, longer, on_rank
+from tests.conformance.crew import TOLERANCE
+from tests.conformance.resharding import LAYOUTS, MUTATIONS, longer, resharded, wrongly_loaded
 from tests.distributed import run_ranks
-from tests.parallel.tiny import write_data
 
-pytestmark = pytest.mark.xdist_group("resharding")  # one fixture that takes minutes
-Outcomes = dict[tuple[str, str], dict[str, float]]
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """The worst of all ranks, by (saved on, loaded on)."""
-    folder = tmp_path_factory.mktemp("resharding")
-    data = write_data(folder / "data")
-    truth = folder / "truth.pt"
-    torch.save(plain_run(longer(data, {})), truth)
-    by_rank = run_ranks(4, on_rank, 4, data, folder, truth, timeout=900)
-    return {
-        pair: {name: max(rank[pair][name] for rank in by_rank) for name in by_rank[0][pair]}
-        for pair in by_rank[0]
-    }
+WORLD = 4
+Errors = dict[str, dict[str, float]]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("loaded", LAYOUTS)
+@pytest.fixture(scope="session")
+def truth(data: Path, truths: Path) -> Path:
+    """The unbroken run of one plain process."""
+    file = truths / "longer.pt"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    torch.save(plain_run(longer(data, {})), file)
+    torch.set_num_threads(threads)
+    return file
+
+
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_the_next_steps_are_those_of_the_unbroken_run(
-    saved: str, loaded: str, outcomes: Outcomes
+def test_saved_on_one_layout_loaded_on_all(
+    saved: str, data: Path, truth: Path, tmp_path: Path
 ) -> None:
-    errors = outcomes[saved, loaded]
-    assert {name: e for name, e in errors.items() if name != "changed" and not e <= 1e-9} == {}
+    """The next steps are right, and a way there and back changes no byte."""
+    by_rank = run_ranks(WORLD, resharded, WORLD, saved, data, tmp_path, truth, timeout=250)
+    for loaded in LAYOUTS:
+        errors = worst_of(by_rank, loaded)
+        assert errors.pop("changed") == 0, loaded
+        assert {name: e for name, e in errors.items() if not e <= TOLERANCE} == {}, loaded
 
 
-@pytest.mark.parametrize("loaded", LAYOUTS)
-@pytest.mark.parametrize("saved", LAYOUTS)
-def test_there_and_back_changes_no_byte(saved: str, loaded: str, outcomes: Outcomes) -> None:
-    assert outcomes[saved, loaded]["changed"] == 0
+def test_errors_planted_in_loading_are_noticed(data: Path, truth: Path, tmp_path: Path) -> None:
+    by_rank = run_ranks(WORLD, wrongly_loaded, WORLD, data, tmp_path, truth)
+    for name in MUTATIONS:
+        assert worst_of(by_rank, name)["weights"] > 1e-5, name
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_errors_planted_in_loading_are_noticed(name: str, outcomes: Outcomes) -> None:
-    assert outcomes["mutation", name]["weights"] > 1e-5
+def worst_of(by_rank: list[Errors], what: str) -> dict[str, float]:
+    """The largest of each error over the ranks."""
+    return {name: max(rank[what][name] for rank in by_rank) for name in by_rank[0][what]}

@@ -32,6 +32,8 @@ from tests.conformance.case import STEPS, Result, config_of, prepared, sampler_o
 
 _COLLECTIVE = timedelta(seconds=600)  # longer than any job may take: its limit speaks first
 _SMALL_BUCKET = 300
+KINDS = ("gradients", "clipped", "weights")
+"""Of tensors that are compared."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,12 @@ def truth_file(folder: Path, job: Job) -> Path:
 
 @cache
 def loaded(file: Path) -> list[Result]:
-    return torch.load(file)
+    results = torch.load(file)
+    for result in results:
+        for kind in KINDS:
+            largest = {name: float(whole.abs().max()) for name, whole in result[kind].items()}
+            result[f"largest {kind}"] = largest
+    return results
 
 
 def ranks_of(config: RunConfig, world: int) -> Ranks:
@@ -240,14 +247,15 @@ def errors_here(results: list[Result], truth: list[Result]) -> dict[str, float]:
             note("entropy", abs(value - expected["entropy"][layer]))
         for name in ("load", "dropped", "tokens"):
             note(name, float(ours[name] != expected[name]))
-        for kind in ("gradients", "clipped", "weights"):
+        for kind in KINDS:
             assert ours[kind].keys() == ours["weights"].keys()
             for name, part in ours[kind].items():
                 whole = expected[kind][name]
                 assert part.box.whole == tuple(whole.shape), name
                 expert = ".experts." in name
                 label = f"{kind} of {'experts' if expert else 'the rest'}"
-                note(label, error_of(part.tensor, whole[part.box.slices], whole))
+                largest = expected[f"largest {kind}"][name]
+                note(label, error_of(part.tensor, whole[part.box.slices], largest))
         if "evaluation" in ours:
             assert ours["evaluation"].keys() == expected["evaluation"].keys()
             for name, value in expected["evaluation"].items():
@@ -255,9 +263,9 @@ def errors_here(results: list[Result], truth: list[Result]) -> dict[str, float]:
     return worst
 
 
-def error_of(ours: Tensor, right: Tensor, whole: Tensor) -> float:
+def error_of(ours: Tensor, right: Tensor, largest: float) -> float:
     """The largest difference over the largest value of the whole tensor."""
     assert ours.shape == right.shape
     if not ours.numel():
         return 0.0
-    return float((ours - right).abs().max()) / (float(whole.abs().max()) or 1.0)
+    return float(torch.linalg.vector_norm(ours - right, torch.inf)) / (largest or 1.0)

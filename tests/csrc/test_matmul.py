@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coterie.csrc import matmul
-from coterie.csrc.matmul import mm, pad_rows
+from coterie.csrc.matmul import mm, mm_into, pad_rows
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda t: t,
@@ -32,6 +32,19 @@ def test_equals_float64_within_twice_torchs_error(
     truth = a.double() @ b.double()
     # the floor is a few roundings: for small products torch's own error may be luckily small
     assert error(mm(a, b), truth) <= 2 * error(torch.mm(a, b), truth) + 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("inner", [0, 5, 200])
+@pytest.mark.parametrize("add", [False, True])
+def test_written_to_or_added_to_a_total(add: bool, inner: int, dtype: torch.dtype) -> None:
+    a, b = torch.randn(200, inner, dtype=dtype), torch.randn(300, inner, dtype=dtype).t()
+    total = torch.randn(2, 200, 300, dtype=torch.promote_types(dtype, torch.float32))
+    before = total.clone()
+    mm_into(total[1], a, b, add)
+    wanted = mm(a, b) + (before[1] if add else 0)
+    torch.testing.assert_close(total[1], wanted.to(total.dtype), rtol=1e-4, atol=1e-4)
+    assert torch.equal(total[0], before[0])
 
 
 def test_large_float32_products_go_to_onednn_and_others_do_not() -> None:
