@@ -13,8 +13,9 @@ READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
-# its ranks share a core: one such set of processes for each core is the fastest
-CONFORMANCE := $(BIN)/python -m pytest -n auto tests/conformance
+# their ranks share a core: one set of processes for each core is the fastest
+CONFORMANCE := tests/conformance tests/resharding
+ONE_FOR_EACH_CORE := $(BIN)/python -m pytest -n auto
 
 .PHONY: help setup train test conformance lint types bench clean
 
@@ -64,13 +65,15 @@ train: $(READY)
 
 test: $(TESTS_READY)
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest --ignore=tests/conformance
-	@$(CONFORMANCE)
+	@failed=0; \
+	  $(BIN)/python -m pytest $(CONFORMANCE:%=--ignore=%) || failed=1; \
+	  $(ONE_FOR_EACH_CORE) $(CONFORMANCE) || failed=1; \
+	  exit $$failed
 
 # N of the layouts of eight processes, the same each time, or N=all; CI runs the chosen ones alone
 N ?= 100
 conformance: $(TESTS_READY)
-	@CONFORMANCE=$(N) $(CONFORMANCE)
+	@CONFORMANCE=$(N) $(ONE_FOR_EACH_CORE) tests/conformance
 
 lint: $(TESTS_READY)
 	@$(BIN)/ruff check .

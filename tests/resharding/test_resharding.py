@@ -7,8 +7,8 @@ import torch
 
 from tests.conformance.case import plain_run
 from tests.conformance.crew import TOLERANCE
-from tests.conformance.resharding import LAYOUTS, MUTATIONS, longer, resharded, wrongly_loaded
 from tests.distributed import run_ranks
+from tests.resharding.runs import LAYOUTS, MUTATIONS, longer, resharded, wrongly_loaded
 
 WORLD = 4
 Errors = dict[str, dict[str, float]]
