@@ -248,6 +248,11 @@ PADDED = 32
 """Rows of an expert are padded to a multiple of this for oneDNN (see coterie.csrc.matmul)."""
 
 
+def logits(work: Workload) -> int:
+    """Bytes of a micro-batch's logits, or of their gradient."""
+    return work.gathered * work.vocabulary * max(4, work.half)
+
+
 def head(work: Workload) -> Held:
     """The last norm, the output layer and the cross-entropy, which works in float32 at least."""
     width, half = work.model.width, work.half

@@ -7,7 +7,7 @@ from coterie.parallel.planner.activations import rotations
 from coterie.parallel.planner.parameters import UnitSize, unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces, Stage
 from coterie.parallel.planner.schedule import order
-from coterie.parallel.planner.traffic import summed_gradients
+from coterie.parallel.planner.traffic import flat_gradients
 from coterie.parallel.planner.workload import INT, Workload
 
 
@@ -92,12 +92,17 @@ def _while_running(
             peaks.append(static.at(gradients, live, gathered, stage.forward))
             kept[action.stage] += stage.kept
             continue
-        if action.kind != "W":
+        if action.kind == "W":
+            made = 0 if action.stage in seen else stage.gradients
+            peaks.append(static.at(gradients, live, gathered, made))
+        else:
             first = action.stage not in seen and not (sharded and work.layout.pp == 1)
             temporary = stage.first_backward if first else stage.backward
             peaks.append(static.at(gradients, live, gathered, temporary))
-        if action.kind != "I":
-            kept[action.stage] -= stage.kept
+        if action.kind == "I":
+            kept[action.stage] += stage.split
+        else:
+            kept[action.stage] -= stage.kept + (stage.split if action.kind == "W" else 0)
             seen.add(action.stage)
     return peaks
 
@@ -125,13 +130,9 @@ def _gradients(work: Workload, stage: Stage, sizes: list[UnitSize]) -> int:
 
 
 def _while_summing(work: Workload, pp: int, static: _Static, sizes: list[UnitSize]) -> Memory:
-    """After the last micro-batch: gradients are summed over replicas in flat copies."""
+    """After the last micro-batch: gradients are summed over replicas, small ones in flat copies."""
     gradients = sum(unit.sharded for unit in sizes) * work.whole
-    flat = max(
-        (c.volume for c in summed_gradients(work, pp) if work.layout.groups(c.axis).shape[1] > 1),
-        default=0,
-    )
-    return static.at(gradients, 0, 0, flat)
+    return static.at(gradients, 0, 0, flat_gradients(work, pp))
 
 
 _BATCH = 4 * INT + 1

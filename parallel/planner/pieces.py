@@ -35,6 +35,9 @@ class Stage:
     backward: int
     """The same for a later one: gradients are added to those there."""
     gradients: int
+    split: int
+    """Where the backward pass is split: the gradient of the logits, which the weights' part needs
+    too."""
 
 
 class Pieces:
@@ -58,7 +61,9 @@ class Pieces:
             first = max(first, live + piece.held.backward + made)
             later = max(later, live + piece.held.backward + piece.gradients)
             live -= piece.held.kept
-        return Stage(kept, forward, first - kept, later - kept, made)
+        last = number == self.work.layout.stages - 1
+        split = activations.logits(self.work) if last else 0
+        return Stage(kept, forward, first - kept, later - kept, made, split)
 
     def _row(self, number: int) -> list[Piece]:
         work = self.work

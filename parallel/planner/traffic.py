@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from coterie.parallel.gradients import BUCKET
 from coterie.parallel.layout import Layout
 from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of
 from coterie.parallel.planner.workload import Workload
@@ -179,19 +180,31 @@ def _fsdp(work: Workload, stage: int) -> Iterator[Collective]:
 
 def summed_gradients(work: Workload, pp: int) -> Iterator[Collective]:
     """The gradients that are summed after the last micro-batch."""
+    for axis, elements in _summed(work, pp).items():
+        volume = sum(elements) * work.whole
+        yield Collective("gradients", axis, "all-reduce", volume, "step", None, 1)
+
+
+def flat_gradients(work: Workload, pp: int) -> int:
+    """Bytes of the flat copies of small gradients while those of one axis are summed."""
+    small = [
+        sum(size for size in elements if size <= BUCKET) for elements in _summed(work, pp).values()
+    ]
+    return max(small, default=0) * work.whole
+
+
+def _summed(work: Workload, pp: int) -> dict[str, list[int]]:
+    """Elements of each gradient that is to be summed, by axis."""
     layout = work.layout
-    sums: dict[str, int] = {}
+    sums: dict[str, list[int]] = {}
     mine = {unit for stage in layout.stages_of(pp) for unit in units_of(work, stage)}
     for parameter in parameters(work.model):
         if parameter.unit not in mine:
             continue
         axis = _summed_over(parameter.kind == "expert", bool(parameter.cuts), layout)
         if axis is not None:
-            sums[axis] = sums.get(axis, 0) + parameter.elements(layout)
-    for axis, elements in sums.items():
-        if layout.groups(axis).shape[1] > 1:
-            volume = elements * work.whole
-            yield Collective("gradients", axis, "all-reduce", volume, "step", None, 1)
+            sums.setdefault(axis, []).append(parameter.elements(layout))
+    return {axis: sizes for axis, sizes in sums.items() if layout.groups(axis).shape[1] > 1}
 
 
 def _summed_over(expert: bool, split: bool, layout: Layout) -> str | None:
