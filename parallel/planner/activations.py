@@ -52,16 +52,17 @@ def attention_half(work: Workload) -> Held:
         kept += _core(work)
     else:
         kept += q  # the output layer's input
+    kept += gated_result(work)
     # rotating holds the product with cos, the two halves exchanged, and their product with sin
     rotating = max(2 * k + 3.5 * q, k + 2 * q + 3.5 * k - q)
     inputs = normed + stream + (joined * whole if work.layout.tp > 1 else 0)
-    inputs += 3 * joined * half if work.autocast else 0
+    inputs += (3 + bool(work.gates)) * joined * half if work.autocast else 0
     weights = _weights(work, _attention_weights(work))
     out = (joined * half if work.layout.tp > 1 else 0) + stream
     forward = inputs + weights + int(max(q + rotating, 2 * q + 2 * k + q + out + _core(work)))
     again = _core(work) if work.recompute == "selective" else 0
-    backward = stream + joined * half + q + (q + 2 * k) + again
-    return Held(kept, max(kept, forward), backward)
+    backward = stream + joined * half + q + (q + 2 * k) + again + gated_result(work)
+    return Held(kept, max(kept, forward + gated_result(work)), backward)
 
 
 def _heads(work: Workload) -> tuple[int, int]:
@@ -72,13 +73,19 @@ def _heads(work: Workload) -> tuple[int, int]:
 
 def _attention_weights(work: Workload) -> int:
     heads = 2 * work.model.attention.heads + 2 * work.kv_heads
-    return heads * work.head_width * work.model.width // work.layout.tp
+    return (heads * work.head_width + work.gates) * work.model.width // work.layout.tp
+
+
+def gated_result(work: Workload) -> int:
+    """Attention's gates, and its result times them."""
+    gates = work.gathered * work.gates // work.layout.tp * work.half
+    return gates + _heads(work)[0] if gates else 0
 
 
 def _attention_input(work: Workload) -> int:
-    """x for the weights' gradients: cast once for each of q, k and v under autocast."""
+    """x for the weights' gradients: cast once for each of q, k, v and gate under autocast."""
     each = work.gathered * work.model.width * work.half
-    return 3 * each if work.autocast else each
+    return (3 + bool(work.gates)) * each if work.autocast else each
 
 
 def _weights(work: Workload, count: int) -> int:

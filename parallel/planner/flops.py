@@ -41,8 +41,8 @@ def stage_flops(work: Workload, stage: int) -> Flops:
 
 def _attention(work: Workload) -> Flops:
     attention, layout = work.model.attention, work.layout
-    heads = (2 * attention.heads + 2 * work.kv_heads) * work.head_width // layout.tp
-    projections = 2.0 * work.gathered * work.model.width * heads
+    outputs = (2 * attention.heads + 2 * work.kv_heads) * work.head_width + work.gates
+    projections = 2.0 * work.gathered * work.model.width * outputs / layout.tp
     # causal: half of all pairs, in two products
     pairs = work.gathered * work.sequence / 2
     core = 4.0 * pairs * attention.heads // layout.tp * work.head_width

@@ -80,6 +80,8 @@ def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
     for name, heads in (("q", attention.heads), ("k", kv_heads), ("v", kv_heads)):
         yield f"attention.{name}.weight", (heads * head, width), ((0, "tp"),), False
     yield "attention.out.weight", (width, attention.heads * head), ((1, "tp"),), False
+    if gates := attention.gate_width(head):
+        yield "attention.gate.weight", (gates, width), ((0, "tp"),), False
     if attention.qk_norm:
         yield "attention.q_norm.weight", (head,), (), False
         yield "attention.k_norm.weight", (head,), (), False

@@ -101,6 +101,11 @@ class Workload:
         return self.model.attention.kv_heads or self.model.attention.heads
 
     @property
+    def gates(self) -> int:
+        """Gates of a token in attention, over all ranks."""
+        return self.model.attention.gate_width(self.head_width)
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding that the rank with most of them holds."""
         return -(-self.model.vocabulary // self.layout.tp)

@@ -30,6 +30,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "documents, normalised": {
         "attention": {"heads": 4, "kv_heads": 2, "within_documents": True, "qk_norm": True}
     },
+    "head gates": {"attention": {"heads": 4, "kv_heads": 2, "gate": "head"}},
+    "element gates": {"attention": {"heads": 4, "gate": "element"}},
     "gelu": {
         "feed_forward": {"hidden": 96, "activation": "gelu"},
         **moe(experts={"count": 8, "hidden": 48, "activation": "gelu"}),
@@ -88,7 +90,7 @@ def test_kept_is_what_autograd_saves(name: str, compute: str) -> None:
 SPLIT = [
     ({axis: 2, **({} if axis in ("tp", "cp") else {"dp_replicate": 2})}, settings, compute)
     for axis in ("tp", "cp", "etp")
-    for settings in ({}, MODELS["documents, normalised"], MODELS["gated"])
+    for settings in ({}, MODELS["documents, normalised"], MODELS["gated"], MODELS["head gates"])
     for compute in ("fp64", "bf16")
 ]
 

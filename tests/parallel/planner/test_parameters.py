@@ -15,7 +15,7 @@ from tests.parallel.planner.saved import model_config
 CONFIG = model_config(
     vocabulary=277,
     layers=4,
-    attention={"heads": 4, "kv_heads": 2, "qk_norm": True},
+    attention={"heads": 4, "kv_heads": 2, "qk_norm": True, "gate": "head"},
     moe={
         "experts": {"count": 8, "hidden": 48},
         "router": {"k": 2},

@@ -1,0 +1,92 @@
+"""Options of blocks and of the optimizer: in every layout the numbers of one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coterie.launch.config import RunConfig
+from coterie.parallel.optimizer import Optimizer
+from coterie.parallel.part import Part
+from coterie.parallel.run_state import model_parts, optimizer_parts
+from coterie.parallel.step import StepSettings, train_step
+from tests.conformance.worker import ranks_of
+from tests.distributed import run_ranks
+from tests.parallel.tiny import model_of, relative_error, sampler_of, tiny_config, write_data
+
+ATTENTION = {"heads": 4, "kv_heads": 2, "qk_norm": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
+    "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp cp ep": {"tp": 2, "cp": 2, "ep": 2},
+    "pp shard ep": {"pp": 2, "dp_shard": 2, "ep": 2},
+    "tp shard etp": {"tp": 2, "dp_shard": 2, "etp": 2},
+}
+STEPS = 2
+
+
+def config_of(data: Path, option: str, layout: dict[str, Any] | None = None) -> RunConfig:
+    # far from zero, where the second moment's root would turn rounding into steps
+    settings = {"eps": 1e-3, "warmup": 0, **OPTIONS[option].get("optimizer", {})}
+    sections = {**OPTIONS[option], "optimizer": settings, "parallel": layout or {}}
+    return tiny_config(data, **sections)
+
+
+def run(config: RunConfig, world: int) -> tuple[list[Any], dict[str, Part]]:
+    """The numbers of each step; this rank's parts of weights and moments after the last."""
+    ranks = ranks_of(config, world)
+    model = model_of(config, ranks)
+    optimizer = Optimizer(model, config.optimizer)
+    sampler, parts = sampler_of(config), config.train.accumulation
+    settings = StepSettings("fp64", 1.0, config.train.seed)
+    seen: list[Any] = []
+    for step in range(STEPS):
+        batches = [
+            sampler.batch(step, micro, parts, ranks.place.dp, ranks.layout.dp)
+            for micro in range(parts)
+        ]
+        report = train_step(model, optimizer, batches, step + 1, settings)
+        losses = [report.loss, report.grad_norm, *report.router_losses.values()]
+        seen.append((losses, report.load, report.dropped))
+    state = {**model_parts(model), **optimizer_parts(model, optimizer)}
+    return seen, {name: Part(p.tensor.clone(), p.box, p.owner) for name, p in state.items()}
+
+
+def on_rank(rank: int, cases: dict[tuple[str, str], RunConfig]) -> dict[tuple[str, str], Any]:
+    return {name: run(config, 4) for name, config in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def by_rank(data: Path) -> list[dict[tuple[str, str], Any]]:
+    names = [(option, layout) for option in OPTIONS for layout in LAYOUTS]
+    cases = {name: config_of(data, name[0], LAYOUTS[name[1]]) for name in names}
+    return run_ranks(4, on_rank, cases, timeout=120.0)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_layout_has_the_numbers_of_one_process(
+    option: str, data: Path, by_rank: list[dict[tuple[str, str], Any]]
+) -> None:
+    truth, whole = run(config_of(data, option), 1)
+    for layout in LAYOUTS:
+        covered: dict[str, Tensor] = {n: torch.zeros(p.box.whole) for n, p in whole.items()}
+        for results in by_rank:
+            seen, state = results[option, layout]
+            for (losses, *counts), (right, *right_counts) in zip(seen, truth, strict=True):
+                assert losses == pytest.approx(right, rel=1e-10), layout
+                assert counts == right_counts, layout
+            for key, part in state.items():
+                expected = whole[key].tensor[part.box.slices]
+                assert relative_error(part.tensor, expected) < 1e-9, (layout, key)
+                if part.owner:
+                    covered[key][part.box.slices] += 1
+        assert all(bool((times == 1).all()) for times in covered.values()), layout
