@@ -12,6 +12,7 @@ import numpy.typing as npt
 from coterie.models import DecoderConfig
 from coterie.moe.activations import ACTIVATIONS
 from coterie.parallel.layout import Layout
+from coterie.parallel.muon import takes
 from coterie.parallel.placement import shard_dim
 from coterie.parallel.planner.workload import Workload
 
@@ -35,6 +36,11 @@ class Parameter:
     def kind(self) -> Kind:
         """Experts are split over other ranks than all else."""
         return "expert" if self.unit[0] == "experts" else "dense"
+
+    @property
+    def of_muon(self) -> bool:
+        """Whether Muon would update it."""
+        return takes(self.name, self.shape)
 
     def part(self, layout: Layout) -> tuple[int, ...]:
         """The shape on the rank with the largest part, before FSDP."""
@@ -122,6 +128,12 @@ class UnitSize:
     largest: int
     """Of its biggest parameter, gathered."""
     tensors: int
+    matrices: int
+    """What FSDP leaves of the parameters that Muon would update."""
+
+    def moments(self, work: Workload) -> int:
+        """Elements that the optimizer keeps: two for each of AdamW's, one for each of Muon's."""
+        return 2 * self.sharded - (self.matrices if work.optimizer == "muon" else 0)
 
 
 @cache
@@ -154,13 +166,14 @@ def representatives(config: DecoderConfig) -> tuple[Parameter, ...]:
 
 
 def _unit_size(members: list[Parameter], layout: Layout) -> UnitSize:
-    whole = sharded = largest = 0
+    whole = sharded = largest = matrices = 0
     for parameter in members:
         part = parameter.part(layout)
         whole += prod(part)
         sharded += parameter.elements(layout)
         largest = max(largest, prod(part))
-    return UnitSize(whole, sharded, largest, len(members))
+        matrices += parameter.elements(layout) if parameter.of_muon else 0
+    return UnitSize(whole, sharded, largest, len(members), matrices)
 
 
 def units_of(work: Workload, stage: int) -> list[Unit]:
@@ -175,11 +188,12 @@ def units_of(work: Workload, stage: int) -> list[Unit]:
     return units
 
 
-def owned(work: Workload) -> npt.NDArray[np.int64]:
-    """(world, 2): elements of dense and of expert parameters that each rank stores."""
+def owned(work: Workload, of_muon: bool = False) -> npt.NDArray[np.int64]:
+    """(world, 2): elements of dense and of expert parameters that each rank stores; ``of_muon``: of
+    those alone that Muon would update."""
     layout = work.layout
     table = np.zeros((layout.world, 2), dtype=np.int64)
-    dense, expert = _elements_by_stage(work)
+    dense, expert = _elements_by_stage(work, of_muon)
     for pp in range(layout.pp):
         ranks = slice(pp * layout.stage_ranks, (pp + 1) * layout.stage_ranks)
         mine = layout.stages_of(pp)
@@ -189,13 +203,13 @@ def owned(work: Workload) -> npt.NDArray[np.int64]:
 
 
 def _elements_by_stage(
-    work: Workload,
+    work: Workload, of_muon: bool
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]]:
     """Elements of each stage's dense and expert parameters, by rank inside the stage."""
     layout, config = work.layout, work.model
     by_unit: dict[Unit, npt.NDArray[np.int64]] = {}
     for parameter in representatives(config):
-        held = _held(parameter, layout)
+        held = _held(parameter, layout) * (parameter.of_muon or not of_muon)
         by_unit[parameter.unit] = by_unit.get(parameter.unit, 0) + held
     dense, expert = [], []
     nothing = np.zeros(layout.stage_ranks, dtype=np.int64)

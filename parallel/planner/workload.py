@@ -10,6 +10,7 @@ from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
 from coterie.parallel.config import TrainConfig
 from coterie.parallel.layout import Layout, LayoutConfig
+from coterie.parallel.optimizer import OptimizerKind
 from coterie.parallel.precision import resolve
 from coterie.parallel.rules import blocks_of_stages, layout_of
 
@@ -39,6 +40,7 @@ class Workload:
     device: Device
     skew: float = 1.0
     """Rows that the busiest rank's experts receive over the even share."""
+    optimizer: OptimizerKind = "adamw"
 
     @property
     def whole(self) -> int:
@@ -129,6 +131,7 @@ def workload_of(
     world: int,
     device: Device = "cpu",
     skew: float = 1.0,
+    optimizer: OptimizerKind = "adamw",
 ) -> Workload:
     """What each of ``world`` ranks works on. Raises UserError when the layout is impossible."""
     layout = layout_of(parallel, world, model)
@@ -143,4 +146,5 @@ def workload_of(
         compute=cast(Compute, resolve(train.precision, torch.device(device))),
         device=device,
         skew=skew,
+        optimizer=optimizer,
     )
