@@ -40,6 +40,9 @@ class DecoderConfig(Config):
     """The mixture-of-experts layers; null: all layers are dense."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers, from 0, that are dense although `moe` is given."""
+    shared_depth: int = Field(default=1, ge=1)
+    """So many consecutive blocks share attention and feed-forward (router, experts); each has norms
+    of its own (WideNet, arXiv 2107.11817)."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """RMSNorm's epsilon, also in attention."""
     tie_embeddings: bool = False
@@ -62,6 +65,17 @@ class DecoderConfig(Config):
         for layer in self.dense_layers:
             if not 0 <= layer < self.layers:
                 raise ValueError(f"dense_layers has {layer}; layers are 0 to {self.layers - 1}")
+        if self.layers % self.shared_depth:
+            raise ValueError(
+                f"layers {self.layers} must be a multiple of shared_depth {self.shared_depth}"
+            )
+        for layer in range(self.layers):
+            if self.is_moe(layer) != self.is_moe(self.first_like(layer)):
+                raise ValueError(
+                    f"dense_layers {list(self.dense_layers)}: of {self.shared_depth} blocks that "
+                    f"share their layers (shared_depth), {self.first_like(layer)} and {layer} "
+                    "are not of the same kind"
+                )
         if (self.moe is None or self.dense_layers) and self.feed_forward is None:
             raise ValueError("feed_forward is needed: this model has dense layers")
         return self
@@ -69,6 +83,10 @@ class DecoderConfig(Config):
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` is a mixture of experts."""
         return self.moe is not None and layer not in self.dense_layers
+
+    def first_like(self, layer: int) -> int:
+        """The first of the blocks that share attention and feed-forward with ``layer``."""
+        return layer - layer % self.shared_depth
 
 
 class DecoderOutput(NamedTuple):
@@ -92,23 +110,35 @@ class DecoderPart:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    ``like``: a block whose attention and feed-forward are this one's too.
+    """
 
     def __init__(
-        self, layer: int, config: DecoderConfig, axes: Axes = Axes(), recompute: Recompute = "none"
+        self,
+        layer: int,
+        config: DecoderConfig,
+        axes: Axes = Axes(),
+        recompute: Recompute = "none",
+        like: Self | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute
         hidden = recompute == "selective"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(
-            config.width, config.attention, config.norm_eps, axes.tp, axes.cp
+        self.attention = (
+            like.attention
+            if like
+            else Attention(config.width, config.attention, config.norm_eps, axes.tp, axes.cp)
         )
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.moe: MoELayer | None = None
         self.feed_forward: FeedForward | None = None
-        if config.is_moe(layer):
+        if like is not None:
+            self.moe, self.feed_forward = like.moe, like.feed_forward
+        elif config.is_moe(layer):
             assert config.moe is not None
             self.moe = MoELayer(config.width, config.moe, axes, recompute=hidden)
         else:
@@ -160,9 +190,12 @@ class Decoder(nn.Module):
         if part.embedding:
             self.embedding = VocabularyEmbedding(config.vocabulary, config.width, axes.tp)
         # names carry the number in the whole model
-        self.blocks = nn.ModuleDict(
-            {str(layer): Block(layer, config, axes, recompute) for layer in part.blocks}
-        )
+        blocks: dict[str, Block] = {}
+        for layer in part.blocks:
+            first = config.first_like(layer)
+            like = blocks[str(first)] if first < layer else None
+            blocks[str(layer)] = Block(layer, config, axes, recompute, like)
+        self.blocks = nn.ModuleDict(blocks)
         self.norm: nn.RMSNorm | None = None
         self.head: VocabularyHead | None = None
         if part.head:

@@ -69,6 +69,7 @@ def _problems(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterato
     yield from _tensor(config, model)
     yield from _experts(config, world, model)
     yield from _pipeline(config, model)
+    yield from _shared_depth(config, model)
 
 
 def _world(config: LayoutConfig, world: int) -> Iterator[str]:
@@ -159,6 +160,16 @@ def _pipeline(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
             f"parallel.pp is {config.pp}, but model.tie_embeddings needs the embedding and the "
             "output layer on one stage"
         )
+
+
+def _shared_depth(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
+    for blocks in blocks_of_stages(config, model.layers):
+        if blocks and (blocks.start % model.shared_depth or blocks.stop % model.shared_depth):
+            yield (
+                f"parallel: a stage of the pipeline has blocks {blocks.start} to "
+                f"{blocks.stop - 1}, but groups of model.shared_depth {model.shared_depth} blocks "
+                "share their layers and must be on one stage"
+            )
 
 
 def _advice(config: LayoutConfig, world: int, model: DecoderConfig) -> str:

@@ -67,6 +67,8 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
     for layer in range(config.layers):
         for name, shape, cuts, in_experts in _block(config, config.is_moe(layer)):
+            if config.first_like(layer) < layer and name not in _NORMS:
+                continue
             unit = ("experts" if in_experts else "block", layer)
             yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts)
     yield Parameter("norm.weight", (width,), ("head", 0))
@@ -74,6 +76,8 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
         yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
 
 
+_NORMS = ("attention_norm.weight", "feed_forward_norm.weight")
+"""What a block has of its own where blocks share their layers."""
 _Entry = tuple[str, tuple[int, ...], tuple[tuple[int, str], ...], bool]
 
 
@@ -153,7 +157,18 @@ def unit_sizes(config: DecoderConfig, layout: Layout) -> dict[Unit, UnitSize]:
 
 def _like(config: DecoderConfig, layer: int) -> int:
     """The first layer with the same parameters as ``layer``."""
-    return next(n for n in range(config.layers) if config.is_moe(n) == config.is_moe(layer))
+
+    def kind(n: int) -> tuple[bool, bool]:
+        return config.is_moe(n), config.first_like(n) == n
+
+    return next(n for n in range(config.layers) if kind(n) == kind(layer))
+
+
+def uses(config: DecoderConfig, unit: Unit) -> int:
+    """How often a pass over the model runs a unit: more than once where blocks share layers."""
+    name, layer = unit
+    shared = name in ("block", "experts") and config.first_like(layer) == layer
+    return config.shared_depth if shared else 1
 
 
 @cache
@@ -181,7 +196,7 @@ def units_of(work: Workload, stage: int) -> list[Unit]:
     units: list[Unit] = [("embedding", 0)] if stage == 0 else []
     for layer in work.layers(stage):
         units.append(("block", layer))
-        if work.model.is_moe(layer):
+        if work.model.is_moe(layer) and work.model.first_like(layer) == layer:
             units.append(("experts", layer))
     if stage == work.layout.stages - 1:
         units.append(("head", 0))

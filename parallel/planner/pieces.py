@@ -1,7 +1,7 @@
 """A pipeline stage as a row of pieces that run one after the other, and what each holds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from coterie.parallel.planner import activations
@@ -17,6 +17,8 @@ class Piece:
     held: Held
     gradients: int
     """Bytes of the gradients of its parameters, before FSDP."""
+    new: int
+    """Of these, what no piece has made before it: later pieces may share its parameters."""
     largest: int
     """Of the largest of these."""
 
@@ -54,8 +56,8 @@ class Pieces:
         # the last piece's result, until it is handed on
         first, later, live, made = 0, 0, kept, 0
         for piece in reversed(pieces):
-            made += piece.gradients
-            first = max(first, live + piece.held.backward + made)
+            made += piece.new
+            first = max(first, live + piece.held.backward + made + piece.gradients - piece.new)
             later = max(later, live + piece.held.backward + piece.gradients)
             live -= piece.held.kept
         return Stage(kept, forward, first - kept, later - kept, made)
@@ -65,10 +67,10 @@ class Pieces:
         row = [self._piece("embedding")] if number == 0 else []
         for layer in work.layers(number):
             feed = "moe" if work.model.is_moe(layer) else "dense"
-            if work.recompute == "full":
-                row.append(self._piece(f"block {feed}"))
-            else:
-                row += [self._piece("attention"), self._piece(feed)]
+            # of blocks that share their layers the last one's backward pass is the first
+            again = (layer + 1) % work.model.shared_depth != 0
+            halves = [f"block {feed}"] if work.recompute == "full" else ["attention", feed]
+            row += [self._again(half) if again else self._piece(half) for half in halves]
         if number > 0 and row and work.layers(number):
             row[0] = self._received(row[0])
         return row + ([self._piece("head")] if number == work.layout.stages - 1 else [])
@@ -78,12 +80,18 @@ class Pieces:
             self._made[kind] = _MAKERS[kind](self.work)
         return self._made[kind]
 
+    def _again(self, kind: str) -> Piece:
+        """A piece whose parameters have gradients already, but for those of its norms."""
+        piece, width = self._piece(kind), self.work.model.width
+        norms = 2 if kind.startswith("block") else 1
+        return replace(piece, new=norms * width * self.work.whole)
+
     def _received(self, piece: Piece) -> Piece:
         """The first piece of a later stage: its input lies in a receive buffer."""
         stream = self.work.own * self.work.model.width * self.work.whole
         held = piece.held
         held = Held(held.kept - stream, held.forward - stream, held.backward)
-        return Piece(held, piece.gradients, piece.largest)
+        return replace(piece, held=held)
 
 
 def _embedding(work: Workload) -> Piece:
@@ -128,7 +136,7 @@ def _recomputed(moe: bool) -> Callable[[Workload], Piece]:
             - stream,
         )
         gradients = first.gradients + second.gradients
-        return Piece(held, gradients, max(first.largest, second.largest))
+        return Piece(held, gradients, gradients, max(first.largest, second.largest))
 
     return make
 
@@ -157,4 +165,4 @@ def _half(parameter: Parameter, layer: int, attention: bool) -> bool:
 
 def _with_gradients(work: Workload, held: Held, mine: Callable[[Parameter], bool]) -> Piece:
     sizes = [prod(p.part(work.layout)) * work.whole for p in representatives(work.model) if mine(p)]
-    return Piece(held, sum(sizes), max(sizes, default=0))
+    return Piece(held, sum(sizes), sum(sizes), max(sizes, default=0))

@@ -14,7 +14,7 @@ import numpy as np
 
 from coterie.parallel.layout import Layout
 from coterie.parallel.planner.muon import gatherings, matrices, muon_bytes
-from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of
+from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of, uses
 from coterie.parallel.planner.workload import Workload
 
 Op = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
@@ -174,9 +174,9 @@ def _fsdp(work: Workload, stage: int) -> Iterator[Collective]:
         units = [u for u in units_of(work, stage) if (u[0] == "experts") == ("expert" in axis)]
         if getattr(layout, axis) == 1 or not units:
             continue
-        whole = sum(sizes[u].whole for u in units) * work.whole
+        whole = sum(sizes[u].whole * uses(work.model, u) for u in units) * work.whole
         kept = 0 if piped else sum(sizes[u].whole for u in units if u[0] == "head") * work.whole
-        own = sum(sizes[u].sharded for u in units) * work.whole
+        own = sum(sizes[u].sharded * uses(work.model, u) for u in units) * work.whole
         name = "expert parameters" if "expert" in axis else "parameters"
         forward: When = "step" if piped else "fsdp forward"
         backward: When = "step" if piped else "fsdp backward"

@@ -15,13 +15,21 @@ from coterie.parallel.run_state import model_parts, optimizer_parts
 from coterie.parallel.step import StepSettings, train_step
 from tests.conformance.worker import ranks_of
 from tests.distributed import run_ranks
-from tests.parallel.tiny import model_of, relative_error, sampler_of, tiny_config, write_data
+from tests.parallel.tiny import model_of, relative_error, sampler_of, tiny_config
 
 ATTENTION = {"heads": 4, "kv_heads": 4, "qk_norm": True}
 MUON: dict[str, Any] = {"kind": "muon", "muon_scale": "original"}
+SHARED: dict[str, Any] = {
+    "layers": 4,
+    "shared_depth": 2,
+    "dense_layers": [2, 3],
+    "attention": ATTENTION,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
+    "shared depth": {"model": SHARED},
+    "shared depth, recomputed": {"model": SHARED, "train": {"recompute": "full"}},
     "muon": {"model": {"attention": ATTENTION}, "optimizer": MUON},
     "muon, uneven": {
         "model": {
@@ -42,6 +50,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 RUN: dict[str, tuple[str, ...]] = {
     "gate head": ("tp cp ep", "pp shard ep"),
     "gate element": ("tp cp ep",),
+    "shared depth": ("tp cp ep", "pp shard ep", "shard"),
+    "shared depth, recomputed": ("shard",),
     "muon": ("pp shard ep", "tp shard etp", "shard", "tp etp"),
     "muon, uneven": ("shard",),
 }
@@ -80,31 +90,19 @@ def run(config: RunConfig, world: int) -> tuple[list[Any], dict[str, Part]]:
     return seen, {name: Part(p.tensor.clone(), p.box, p.owner) for name, p in state.items()}
 
 
-def on_rank(rank: int, cases: dict[tuple[str, str], RunConfig]) -> dict[tuple[str, str], Any]:
+def on_rank(rank: int, cases: dict[str, RunConfig]) -> dict[str, Any]:
     return {name: run(config, 4) for name, config in cases.items()}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="module")
-def by_rank(data: Path) -> list[dict[tuple[str, str], Any]]:
-    names = [(option, layout) for option in OPTIONS for layout in RUN[option]]
-    cases = {name: config_of(data, name[0], LAYOUTS[name[1]]) for name in names}
-    return run_ranks(4, on_rank, cases, timeout=120.0)
-
-
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_layout_has_the_numbers_of_one_process(
-    option: str, data: Path, by_rank: list[dict[tuple[str, str], Any]]
-) -> None:
+def test_every_layout_has_the_numbers_of_one_process(option: str, data: Path) -> None:
     truth, whole = run(config_of(data, option), 1)
+    cases = {layout: config_of(data, option, LAYOUTS[layout]) for layout in RUN[option]}
+    by_rank = run_ranks(4, on_rank, cases, timeout=120.0)
     for layout in RUN[option]:
         covered: dict[str, Tensor] = {n: torch.zeros(p.box.whole) for n, p in whole.items()}
         for results in by_rank:
-            seen, state = results[option, layout]
+            seen, state = results[layout]
             for (losses, *counts), (right, *right_counts) in zip(seen, truth, strict=True):
                 assert losses == pytest.approx(right, rel=1e-10), layout
                 assert counts == right_counts, layout

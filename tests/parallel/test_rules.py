@@ -65,6 +65,12 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "tp is 4, but model.moe.shared.hidden 6 does",
         "tp 1 or 2",
     ),
+    "shared depth": (
+        {"pp": 2, "stages": (3, 5)},
+        {"shared_depth": 4, "dense_layers": []},
+        "a stage of the pipeline has blocks 0 to 2, but groups of model.shared_depth 4 blocks",
+        "stages null",
+    ),
     "vocabulary": (
         {"tp": 4},
         {"vocabulary": 5},

@@ -141,6 +141,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"parallel": {"ep": 2}, "train": {**TREE["train"], "recompute": "full"}},
     ),
+    "shared depth": (1, {"model": {**TREE["model"], "dense_layers": [], "shared_depth": 2}}),
     "muon": (1, {"optimizer": {"kind": "muon", "warmup": 1}}),
     "tp 2, muon": (2, {"parallel": {"tp": 2}, "optimizer": {"kind": "muon", "warmup": 1}}),
     "vocabulary 8192": (1, {"model": {**TREE["model"], "vocabulary": 8192}}),

@@ -4,7 +4,17 @@ import pytest
 
 from tests.parallel.planner.measure import CASES, compared
 
-TESTED = ("one process", "ep 2", "tp 2", "cp 2", "pp 2", "dp_shard 2", "recompute full", "muon")
+TESTED = (
+    "one process",
+    "ep 2",
+    "tp 2",
+    "cp 2",
+    "pp 2",
+    "dp_shard 2",
+    "recompute full",
+    "muon",
+    "shared depth",
+)
 
 
 @pytest.mark.parametrize("name", TESTED)
