@@ -126,6 +126,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.recompute = recompute
+        self.route_before_attention = config.moe is not None and config.moe.route_before_attention
         hidden = recompute == "selective"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = (
@@ -157,6 +158,7 @@ class Block(nn.Module):
     def _run(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+        entering_BSD = x_BSD if self.route_before_attention else None
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
@@ -164,7 +166,7 @@ class Block(nn.Module):
         assert self.moe is not None
         if info.key_T is not None:
             info = replace(info, key_T=fold(info.key_T, self.layer))
-        y_BSD, losses, stats = self.moe(normed_BSD, info)
+        y_BSD, losses, stats = self.moe(normed_BSD, info, entering_BSD)
         return x_BSD + y_BSD, losses, stats
 
 

@@ -30,6 +30,9 @@ class MoEConfig(Config):
     """Shared experts: one feed-forward layer that every token passes (n experts: n × hidden)."""
     shared_gate: bool = False
     """Scale the shared experts' output by sigmoid(x · w) (Qwen2-MoE)."""
+    route_before_attention: bool = False
+    """Route by the residual stream that enters the block, not normalised, rather than by the
+    layer's own input: what attention does not change is known before it (SmallThinker)."""
     max_rows_factor: float | None = Field(default=2.0, ge=1.0)
     """With experts spread over ranks: up to so many times the mean over ranks a rank takes its rows
     at once; beyond that in rounds of the mean, slower but in the same memory. Null: no limit."""
@@ -81,10 +84,14 @@ class MoELayer(nn.Module):
         )
         self.shared_gate_D = nn.Parameter(torch.empty(width)) if config.shared_gate else None
 
-    def forward(self, x: Tensor, info: TokenInfo | None = None) -> MoEOutput:
-        """``x``: (..., D), flattened to T tokens in the order of ``info``'s tensors."""
+    def forward(
+        self, x: Tensor, info: TokenInfo | None = None, route_by: Tensor | None = None
+    ) -> MoEOutput:
+        """``x``: (..., D), flattened to T tokens in the order of ``info``'s tensors. ``route_by``:
+        what the router sees of them (same shape), if not ``x``."""
         x_TD = x.reshape(-1, x.shape[-1])
-        assignment, losses, stats = self.router(x_TD, info or TokenInfo())
+        seen_TD = x_TD if route_by is None else route_by.reshape(x_TD.shape)
+        assignment, losses, stats = self.router(seen_TD, info or TokenInfo())
         assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
         y_TD = self.experts.over(self.exchange, x_TD, assignment)
         if self.shared is not None:

@@ -170,13 +170,15 @@ def moe_half(work: Workload) -> Held:
     routing = router(work)
     rows = exchange(work)
     experts_ = experts(work)
-    kept = norm(work) + stream + routing + rows.kept + experts_.kept
+    # the router's input, unless attention's half has kept it as it is
+    routed = 0 if config.route_before_attention and not config.router.jitter else stream
+    kept = norm(work) + routed + routing + rows.kept + experts_.kept
     forward = norm(work) + stream + routing + rows.forward + experts_.forward
     backward = stream + max(rows.backward + experts_.backward, 0)
     if config.shared is not None:
         shared = feed_forward(work, config.shared)
         # the input is the router's; only casting or gathering makes another
-        same = not work.autocast and work.layout.tp == 1
+        same = not work.autocast and work.layout.tp == 1 and not config.route_before_attention
         own = shared.kept - (tokens * width * work.half if same else 0)
         kept += own
         forward = max(forward, kept - own + shared.forward + 2 * stream)

@@ -25,9 +25,15 @@ SHARED: dict[str, Any] = {
     "dense_layers": [2, 3],
     "attention": ATTENTION,
 }
+BEFORE: dict[str, Any] = {
+    "experts": {"count": 8, "hidden": 8, "activation": "reglu"},
+    "router": {"k": 2, "score": "sigmoid", "jitter": 0.1, "capacity_factor": 1.0},
+    "route_before_attention": True,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
+    "routed before attention": {"model": {"moe": BEFORE, "attention": ATTENTION}},
     "shared depth": {"model": SHARED},
     "shared depth, recomputed": {"model": SHARED, "train": {"recompute": "full"}},
     "muon": {"model": {"attention": ATTENTION}, "optimizer": MUON},
@@ -50,6 +56,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 RUN: dict[str, tuple[str, ...]] = {
     "gate head": ("tp cp ep", "pp shard ep"),
     "gate element": ("tp cp ep",),
+    "routed before attention": ("tp cp ep", "pp shard ep"),
     "shared depth": ("tp cp ep", "pp shard ep", "shard"),
     "shared depth, recomputed": ("shard",),
     "muon": ("pp shard ep", "tp shard etp", "shard", "tp etp"),

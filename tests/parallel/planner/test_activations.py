@@ -37,6 +37,18 @@ MODELS: dict[str, dict[str, Any]] = {
         **moe(experts={"count": 8, "hidden": 48, "activation": "gelu"}),
     },
     "relu2": {"feed_forward": {"hidden": 96, "activation": "relu2"}},
+    "reglu": {
+        "feed_forward": {"hidden": 96, "activation": "reglu"},
+        **moe(experts={"count": 8, "hidden": 48, "activation": "reglu"}),
+    },
+    "routed before attention": moe(route_before_attention=True),
+    "routed before attention, noisy": moe(
+        route_before_attention=True, router={"k": 2, "jitter": 0.1}
+    ),
+    "routed before attention, gated": moe(
+        route_before_attention=True, shared={"hidden": 40}, shared_gate=True
+    ),
+    "routed before attention, shared": moe(route_before_attention=True, shared={"hidden": 40}),
     "shared": moe(shared={"hidden": 40}),
     "gated": moe(shared={"hidden": 40}, shared_gate=True),
     "sigmoid": moe(router={"k": 3, "score": "sigmoid", "z_loss": 0.0}),
