@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self, cast
+from typing import Annotated, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,9 @@ class DecoderConfig(Config):
     """The mixture-of-experts layers; null: all layers are dense."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers, from 0, that are dense although `moe` is given."""
+    expert_counts: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Number of experts of each mixture-of-experts layer, in order (PR-MoE, arXiv 2201.05596, has
+    more in the last ones); null: `moe.experts.count` in all."""
     shared_depth: int = Field(default=1, ge=1)
     """So many consecutive blocks share attention and feed-forward (router, experts); each has norms
     of its own (WideNet, arXiv 2107.11817)."""
@@ -65,6 +68,7 @@ class DecoderConfig(Config):
         for layer in self.dense_layers:
             if not 0 <= layer < self.layers:
                 raise ValueError(f"dense_layers has {layer}; layers are 0 to {self.layers - 1}")
+        self._check_expert_counts()
         if self.layers % self.shared_depth:
             raise ValueError(
                 f"layers {self.layers} must be a multiple of shared_depth {self.shared_depth}"
@@ -80,9 +84,43 @@ class DecoderConfig(Config):
             raise ValueError("feed_forward is needed: this model has dense layers")
         return self
 
+    def _check_expert_counts(self) -> None:
+        counts = self.expert_counts
+        if counts is None:
+            return
+        mixtures = [layer for layer in range(self.layers) if self.is_moe(layer)]
+        if len(counts) != len(mixtures):
+            raise ValueError(
+                f"expert_counts names {len(counts)} layers, but {len(mixtures)} of the "
+                f"{self.layers} layers are mixtures of experts"
+            )
+        assert self.moe is not None
+        for layer, count in zip(mixtures, counts, strict=True):
+            self.moe.router.check(count)
+            like = self.first_like(layer)
+            if like in mixtures and counts[mixtures.index(like)] != count:
+                raise ValueError(
+                    f"expert_counts {list(counts)}: layers {like} and {layer} share their experts "
+                    "(shared_depth), but not their number"
+                )
+
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` is a mixture of experts."""
         return self.moe is not None and layer not in self.dense_layers
+
+    def experts_of(self, layer: int) -> int:
+        """Number of experts of ``layer``; 0: it is dense."""
+        if self.moe is None or not self.is_moe(layer):
+            return 0
+        if self.expert_counts is None:
+            return self.moe.experts.count
+        return self.expert_counts[sum(self.is_moe(before) for before in range(layer))]
+
+    def moe_of(self, layer: int) -> MoEConfig:
+        """Of a mixture of experts, with the number of experts that ``layer`` has."""
+        assert self.moe is not None and self.is_moe(layer)
+        experts = self.moe.experts.model_copy(update={"count": self.experts_of(layer)})
+        return self.moe.model_copy(update={"experts": experts})
 
     def first_like(self, layer: int) -> int:
         """The first of the blocks that share attention and feed-forward with ``layer``."""
@@ -140,8 +178,7 @@ class Block(nn.Module):
         if like is not None:
             self.moe, self.feed_forward = like.moe, like.feed_forward
         elif config.is_moe(layer):
-            assert config.moe is not None
-            self.moe = MoELayer(config.width, config.moe, axes, recompute=hidden)
+            self.moe = MoELayer(config.width, config.moe_of(layer), axes, recompute=hidden)
         else:
             assert config.feed_forward is not None
             self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp, hidden)

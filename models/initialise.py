@@ -43,6 +43,9 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
             case MoELayer():
                 if module.shared_gate_D is not None:
                     module.shared_gate_D.zero_()
+                if module.shared_mix is not None:  # both count the same at first
+                    module.shared_mix.weight.zero_()
+                    module.shared_mix.bias.zero_()
             case VocabularyEmbedding():
                 _draw(module, "weight", 0.02, seed, prefix)
             case nn.RMSNorm():

@@ -107,9 +107,11 @@ def _experts(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator
             if getattr(config, name) > 1:
                 yield f"parallel.{name} is {getattr(config, name)}, but the model has no experts"
         return
-    count, hidden = model.moe.experts.count, model.moe.experts.hidden
-    if count % ep:
-        yield f"parallel.ep is {ep}, but model.moe.experts.count {count} does not divide by it"
+    hidden = model.moe.experts.hidden
+    key = "model.moe.experts.count" if model.expert_counts is None else "model.expert_counts:"
+    for count in model.expert_counts or (model.moe.experts.count,):
+        if count % ep:
+            yield f"parallel.ep is {ep}, but {key} {count} does not divide by it"
     if hidden % etp:
         yield f"parallel.etp is {etp}, but model.moe.experts.hidden {hidden} does not divide by it"
     ranks = world // config.pp

@@ -161,15 +161,15 @@ def feed_forward(work: Workload, config: FeedForwardConfig) -> Held:
     return Held(kept, forward, backward)
 
 
-def moe_half(work: Workload) -> Held:
-    """x + moe(norm(x))."""
+def moe_half(work: Workload, count: int) -> Held:
+    """x + moe(norm(x)) with ``count`` experts."""
     config = work.model.moe
     assert config is not None
     tokens, width = work.own, work.model.width
     stream = tokens * width * work.whole
-    routing = router(work)
+    routing = router(work, count)
     rows = exchange(work)
-    experts_ = experts(work)
+    experts_ = experts(work, count)
     # the router's input, unless attention's half has kept it as it is
     routed = 0 if config.route_before_attention and not config.router.jitter else stream
     kept = norm(work) + routed + routing + rows.kept + experts_.kept
@@ -185,14 +185,18 @@ def moe_half(work: Workload) -> Held:
         if config.shared_gate:  # the output and its gate; cast: x and the gate's weights
             kept += tokens * (width + 1) * work.half
             kept += (tokens + 1) * width * work.half if work.autocast else 0
+        if config.shared_mix:  # both outputs and their weights; cast: x and the weights' weights
+            weight = work.whole if work.device == "cuda" else work.half
+            kept += 2 * tokens * (width * work.half + weight)
+            kept += (tokens + 2) * width * work.half if work.autocast else 0
         backward = max(backward, stream + shared.backward)
     return Held(kept, max(kept + 2 * stream, forward), backward)
 
 
-def router(work: Workload) -> int:
+def router(work: Workload, experts_: int) -> int:
     """What a top-k router keeps besides its input: scores, logits, choices and their places."""
     assert work.model.moe is not None
-    config, experts_ = work.model.moe.router, work.model.moe.experts.count
+    config = work.model.moe.router
     tokens, whole = work.own, work.whole
     choices = tokens * config.k
     scores = tokens * experts_ * whole
@@ -227,12 +231,12 @@ def exchange(work: Workload) -> Held:
     return Held(kept, forward, backward)
 
 
-def experts(work: Workload) -> Held:
+def experts(work: Workload, count: int) -> Held:
     """The experts' rows and hidden values, and their weights where these are cast."""
     assert work.model.moe is not None
     config, layout = work.model.moe.experts, work.layout
     parts = ACTIVATIONS[config.activation].parts
-    local, hidden = config.count // layout.ep, config.hidden // layout.etp
+    local, hidden = count // layout.ep, config.hidden // layout.etp
     width, half = work.model.width, work.half
     rows = padded = work.held
     if work.device == "cpu" and work.compute == "fp32":

@@ -66,7 +66,7 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     width, vocabulary = config.width, config.vocabulary
     yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
     for layer in range(config.layers):
-        for name, shape, cuts, in_experts in _block(config, config.is_moe(layer)):
+        for name, shape, cuts, in_experts in _block(config, layer):
             if config.first_like(layer) < layer and name not in _NORMS:
                 continue
             unit = ("experts" if in_experts else "block", layer)
@@ -81,7 +81,7 @@ _NORMS = ("attention_norm.weight", "feed_forward_norm.weight")
 _Entry = tuple[str, tuple[int, ...], tuple[tuple[int, str], ...], bool]
 
 
-def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
+def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
     """(name, shape, cuts, whether it is in the experts) of a block's parameters."""
     width, attention = config.width, config.attention
     head = attention.head_width or width // attention.heads
@@ -96,13 +96,13 @@ def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
         yield "attention.q_norm.weight", (head,), (), False
         yield "attention.k_norm.weight", (head,), (), False
     yield "feed_forward_norm.weight", (width,), (), False
-    if not is_moe:
+    if not config.is_moe(layer):
         assert config.feed_forward is not None
         ff = config.feed_forward
         yield from _feed_forward("feed_forward", width, ff.hidden, ACTIVATIONS[ff.activation].parts)
         return
-    assert config.moe is not None
-    experts, shared = config.moe.experts, config.moe.shared
+    moe = config.moe_of(layer)
+    experts, shared = moe.experts, moe.shared
     parts = ACTIVATIONS[experts.activation].parts
     yield "moe.router.weight", (experts.count, width), (), False
     shape = (experts.count, parts, experts.hidden, width)
@@ -112,7 +112,10 @@ def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
     if shared is not None:
         parts = ACTIVATIONS[shared.activation].parts
         yield from _feed_forward("moe.shared", width, shared.hidden, parts)
-    if config.moe.shared_gate:
+    if moe.shared_mix:
+        yield "moe.shared_mix.weight", (2, width), (), False
+        yield "moe.shared_mix.bias", (2,), (), False
+    if moe.shared_gate:
         yield "moe.shared_gate_D", (width,), (), False
 
 
@@ -147,21 +150,18 @@ def unit_sizes(config: DecoderConfig, layout: Layout) -> dict[Unit, UnitSize]:
     for parameter in representatives(config):
         grouped.setdefault(parameter.unit, []).append(parameter)
     sizes = {unit: _unit_size(members, layout) for unit, members in grouped.items()}
-    for layer in range(config.layers):
-        like = _like(config, layer)
+    for layer, like in enumerate(_likes(config)):
         for part in ("block", "experts"):
             if (part, like) in sizes:
                 sizes[part, layer] = sizes[part, like]
     return sizes
 
 
-def _like(config: DecoderConfig, layer: int) -> int:
-    """The first layer with the same parameters as ``layer``."""
-
-    def kind(n: int) -> tuple[bool, bool]:
-        return config.is_moe(n), config.first_like(n) == n
-
-    return next(n for n in range(config.layers) if kind(n) == kind(layer))
+@cache
+def _likes(config: DecoderConfig) -> tuple[int, ...]:
+    """Of each layer the first one with the same parameters."""
+    kinds = [(config.experts_of(n), config.first_like(n) == n) for n in range(config.layers)]
+    return tuple(map(kinds.index, kinds))
 
 
 def uses(config: DecoderConfig, unit: Unit) -> int:
@@ -174,7 +174,7 @@ def uses(config: DecoderConfig, unit: Unit) -> int:
 @cache
 def representatives(config: DecoderConfig) -> tuple[Parameter, ...]:
     """The parameters of all units, of equal blocks only the first."""
-    kept = {_like(config, layer) for layer in range(config.layers)}
+    kept = set(_likes(config))
     return tuple(
         p for p in parameters(config) if p.unit[0] in ("embedding", "head") or p.unit[1] in kept
     )
@@ -228,10 +228,11 @@ def _elements_by_stage(
         by_unit[parameter.unit] = by_unit.get(parameter.unit, 0) + held
     dense, expert = [], []
     nothing = np.zeros(layout.stage_ranks, dtype=np.int64)
+    likes = _likes(config)
     for stage in range(layout.stages):
         sums = {"dense": nothing, "expert": nothing}
         for name, layer in units_of(work, stage):
-            like = layer if name in ("embedding", "head") else _like(config, layer)
+            like = layer if name in ("embedding", "head") else likes[layer]
             kind = "expert" if name == "experts" else "dense"
             sums[kind] = sums[kind] + by_unit[name, like]
         dense.append(sums["dense"])

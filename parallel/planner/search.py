@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
 
 from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
@@ -89,8 +90,8 @@ def layouts(model: DecoderConfig, world: int, node: int) -> Iterator[LayoutConfi
     """Layouts worth a look: tp and etp inside a node, all other axes any divisor of the world."""
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     inside = [size for size in sizes if size <= node]
-    experts = model.moe.experts.count if model.moe else 1
-    eps = [size for size in sizes if experts % size == 0]
+    counts = (1,) if model.moe is None else model.expert_counts or (model.moe.experts.count,)
+    eps = [size for size in sizes if gcd(*counts) % size == 0]
     etps = inside if model.moe else [1]
     for tp, pp in product(inside, [s for s in sizes if s <= model.layers]):
         rest = world // (tp * pp) if world % (tp * pp) == 0 else 0

@@ -30,10 +30,22 @@ BEFORE: dict[str, Any] = {
     "router": {"k": 2, "score": "sigmoid", "jitter": 0.1, "capacity_factor": 1.0},
     "route_before_attention": True,
 }
+PYRAMID: dict[str, Any] = {
+    "layers": 4,
+    "expert_counts": [4, 4, 8],
+    "attention": ATTENTION,
+    "moe": {
+        "experts": {"count": 4, "hidden": 8},
+        "router": {"k": 1, "renormalise": False, "capacity_factor": 1.2},
+        "shared": {"hidden": 8},
+        "shared_mix": True,
+    },
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
     "routed before attention": {"model": {"moe": BEFORE, "attention": ATTENTION}},
+    "pyramid, residual": {"model": PYRAMID},
     "shared depth": {"model": SHARED},
     "shared depth, recomputed": {"model": SHARED, "train": {"recompute": "full"}},
     "muon": {"model": {"attention": ATTENTION}, "optimizer": MUON},
@@ -57,6 +69,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "gate head": ("tp cp ep", "pp shard ep"),
     "gate element": ("tp cp ep",),
     "routed before attention": ("tp cp ep", "pp shard ep"),
+    "pyramid, residual": ("tp cp ep", "pp shard ep"),
     "shared depth": ("tp cp ep", "pp shard ep", "shard"),
     "shared depth, recomputed": ("shard",),
     "muon": ("pp shard ep", "tp shard etp", "shard", "tp etp"),

@@ -83,6 +83,12 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "ep is 4, but model.moe.experts.count 6 does not divide by it",
         "ep 2 or 3 or 6",
     ),
+    "a layer's experts by ep": (
+        {"ep": 4},
+        {"layers": 3, "expert_counts": [4, 6]},
+        "ep is 4, but model.expert_counts: 6 does not divide by it",
+        "ep 1 or 2",
+    ),
     "hidden by etp": (
         {"etp": 4},
         {},

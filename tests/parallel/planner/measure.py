@@ -142,6 +142,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         {"parallel": {"ep": 2}, "train": {**TREE["train"], "recompute": "full"}},
     ),
     "shared depth": (1, {"model": {**TREE["model"], "dense_layers": [], "shared_depth": 2}}),
+    "pyramid": (1, {"model": {**TREE["model"], "expert_counts": [4, 8, 16]}}),
     "muon": (1, {"optimizer": {"kind": "muon", "warmup": 1}}),
     "tp 2, muon": (2, {"parallel": {"tp": 2}, "optimizer": {"kind": "muon", "warmup": 1}}),
     "vocabulary 8192": (1, {"model": {**TREE["model"], "vocabulary": 8192}}),

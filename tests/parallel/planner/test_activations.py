@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "routed before attention, shared": moe(route_before_attention=True, shared={"hidden": 40}),
     "shared": moe(shared={"hidden": 40}),
+    "mixed": moe(shared={"hidden": 40}, shared_mix=True),
     "gated": moe(shared={"hidden": 40}, shared_gate=True),
     "sigmoid": moe(router={"k": 3, "score": "sigmoid", "z_loss": 0.0}),
     "no losses": moe(router={"k": 2, "balance_loss": 0.0, "z_loss": 0.0, "renormalise": False}),
@@ -73,8 +74,12 @@ def work_of(config: DecoderConfig, compute: str, **layout: Any) -> Workload:
 
 
 def predicted(work: Workload) -> dict[str, int]:
-    halves = (activations.attention_half, activations.dense_half, activations.moe_half)
-    kept = {part: half(work).kept for part, half in zip(PARTS, halves, strict=True)}
+    halves = (
+        activations.attention_half(work),
+        activations.dense_half(work),
+        activations.moe_half(work, 8),
+    )
+    kept = {part: half.kept for part, half in zip(PARTS, halves, strict=True)}
     kept["attention"] += activations.rotations(work)  # one for all layers
     return kept
 

@@ -24,7 +24,17 @@ CONFIG = model_config(
     },
 )
 SHARED = CONFIG.model_copy(update={"shared_depth": 2, "dense_layers": (2, 3), "layers": 8})
-CONFIGS = {"plain": CONFIG, "shared depth": SHARED}
+PYRAMID = model_config(
+    layers=4,
+    expert_counts=[4, 8, 16],
+    moe={
+        "experts": {"count": 8, "hidden": 48},
+        "router": {"k": 1},
+        "shared": {"hidden": 40},
+        "shared_mix": True,
+    },
+)
+CONFIGS = {"plain": CONFIG, "pyramid": PYRAMID, "shared depth": SHARED}
 LAYOUTS = [
     Layout(),
     Layout(tp=2, ep=2, etp=2, dp_replicate=4),

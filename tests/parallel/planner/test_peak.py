@@ -14,6 +14,7 @@ TESTED = (
     "recompute full",
     "muon",
     "shared depth",
+    "pyramid",
 )
 
 
