@@ -159,7 +159,7 @@ class Block(nn.Module):
         config: DecoderConfig,
         axes: Axes = Axes(),
         recompute: Recompute = "none",
-        like: Self | None = None,
+        like: "Block | None" = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -167,7 +167,7 @@ class Block(nn.Module):
         self.route_before_attention = config.moe is not None and config.moe.route_before_attention
         hidden = recompute == "selective"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = (
+        self.attention: Attention = (
             like.attention
             if like
             else Attention(config.width, config.attention, config.norm_eps, axes.tp, axes.cp)

@@ -120,7 +120,8 @@ class Muon:
             update = joined(update, cut.dim, cut.length, self.groups[cut.axis.name])
         if not update.numel():
             return update.to(gradient.dtype)
-        return orthogonalised(update)[(..., *place.box.slices[-2:])].to(gradient.dtype)
+        rows, columns = place.box.slices[-2:]
+        return orthogonalised(update)[..., rows, columns].to(gradient.dtype)
 
 
 def cuts_of_matrices(place: Place) -> list[Cut]:
