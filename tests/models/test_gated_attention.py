@@ -65,7 +65,7 @@ def test_gates_by_loops(gate: Literal["head", "element"]) -> None:
     assert ours.gate is not None
     ungated = attention(None)
     ungated.load_state_dict({n: p for n, p in ours.state_dict().items() if "gate" not in n})
-    x_BSD = randn(B, S, WIDTH, seed=1)
+    x_BSD = randn(B, S, WIDTH, seed=1).requires_grad_()
     inside: list[Tensor] = []
     ungated.out.register_forward_pre_hook(lambda _, args: inside.append(args[0]))
     ungated(x_BSD)
@@ -77,5 +77,10 @@ def test_gates_by_loops(gate: Literal["head", "element"]) -> None:
                 which = element // HEAD if gate == "head" else element
                 logit = x_BSD[row, position] @ ours.gate.weight[which]
                 gated_BSE[row, position, element] = y_BSE[row, position, element] * logit.sigmoid()
-    assert error(ours(x_BSD), gated_BSE @ ours.out.weight.t()) < 1e-13
+    right = gated_BSE @ ours.out.weight.t()
+    assert error(ours(x_BSD), right) < 1e-13
+    leaves = [x_BSD, ours.gate.weight, ours.out.weight]
+    mine = torch.autograd.grad(ours(x_BSD).square().sum(), leaves)
+    for gradient, true in zip(mine, torch.autograd.grad(right.square().sum(), leaves), strict=True):
+        assert error(gradient, true) < 1e-12
     assert error(ours(x_BSD), ungated(x_BSD)) > 1e-2

@@ -100,6 +100,10 @@ def run(config: RunConfig, world: int) -> tuple[list[Any], dict[str, Part]]:
             for micro in range(parts)
         ]
         report = train_step(model, optimizer, batches, step + 1, settings)
+        for layer, rows in report.load.items():
+            assert len(rows) == config.model.experts_of(layer)
+            sent = sum(rows) + report.dropped[layer]
+            assert sent == report.tokens * config.model.moe.router.k
         losses = [report.loss, report.grad_norm, *report.router_losses.values()]
         seen.append((losses, report.load, report.dropped))
     state = {**model_parts(model), **optimizer_parts(model, optimizer)}
