@@ -3,9 +3,9 @@
 from coterie.core.box import Box
 from coterie.launch.config import RunConfig
 from coterie.parallel.layout import Layout
+from coterie.parallel.optimizer import ADAMW_MOMENTS, moments_of
 from coterie.parallel.placement import places
 from coterie.parallel.rules import blocks_of_stages
-from coterie.parallel.run_state import MOMENTS
 
 
 def boxes_of_rank(config: RunConfig, layout: Layout, rank: int) -> dict[str, Box]:
@@ -15,6 +15,8 @@ def boxes_of_rank(config: RunConfig, layout: Layout, rank: int) -> dict[str, Box
     for name, place in places(config.model, blocks, layout, rank).items():
         boxes[f"model.{name}"] = place.box
         if place.box.numel:  # the optimizer leaves out what is empty
-            boxes[f"optimizer.{name}.step"] = Box.all_of(())
-            boxes |= {f"optimizer.{name}.{moment}": place.box for moment in MOMENTS}
+            moments = moments_of(config.optimizer, name, place.box.whole)
+            if moments == ADAMW_MOMENTS:
+                boxes[f"optimizer.{name}.step"] = Box.all_of(())
+            boxes |= {f"optimizer.{name}.{moment}": place.box for moment in moments}
     return boxes

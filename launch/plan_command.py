@@ -98,6 +98,7 @@ def plan(
         world,
         chosen.device,
         skew,
+        resolved.optimizer.kind,
     )
     made = Plan(work, chosen, nodes)
     if as_json:
@@ -161,6 +162,7 @@ def _search(
         nodes,
         skew,
         allowed,
+        optimizer=config.optimizer.kind,
     )
     if not found.best:
         raise UserError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MEMORY = {
     "parameters": "weights",
-    "optimizer": "AdamW",
+    "optimizer": "moments",
     "gradients": "grads",
     "activations": "kept",
     "buffers": "buffers",
@@ -176,7 +176,7 @@ def _time(time: "StepTime") -> Table:
         ("communication", time.communication, "not hidden behind compute"),
         ("bubble", time.bubble, f"idle: {time.bubble_share:.1%} of the pipeline's time, all ranks"),
         ("gradients", time.gradients, "summed after the last micro-batch"),
-        ("update", time.update, "norm, clipping, AdamW"),
+        ("update", time.update, "norm, clipping, optimizer"),
     ):
         table.add_row(name, _seconds(seconds), note)
     table.add_section()

@@ -1,7 +1,7 @@
 """Grouped-query causal attention with rotary positions."""
 
 from functools import lru_cache, partial
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ class AttentionConfig(Config):
     """Base of the rotary position frequencies."""
     qk_norm: bool = False
     """RMS-normalise each head's query and key (Qwen3)."""
+    gate: Literal["head", "element"] | None = None
+    """Multiply the heads' results by sigmoid(x · W) before the output projection, with one gate for
+    each head or for each element (arXiv 2505.06708); null: no gate."""
     within_documents: bool = False
     """Attend only inside a document of a packed sequence. Costs a B × S × S mask; without it a
     token also sees the documents packed before its own."""
@@ -42,6 +45,10 @@ class AttentionConfig(Config):
         if self.head_width is not None and self.head_width % 2:
             raise ValueError(f"head_width {self.head_width} must be even for rotary positions")
         return self
+
+    def gate_width(self, head_width: int) -> int:
+        """Gates of a token, over all heads of ``head_width``; 0: none."""
+        return {None: 0, "head": self.heads, "element": self.heads * head_width}[self.gate]
 
 
 class Attention(nn.Module):
@@ -81,6 +88,10 @@ class Attention(nn.Module):
             "v.weight": (Cut(0, tp, kv_width),),
             "out.weight": (Cut(1, tp, q_width),),
         }
+        self.gate: nn.Linear | None = None
+        if gates := config.gate_width(self.head_width):
+            self.gate = nn.Linear(width, gates // tp.size, bias=False)
+            self.cuts["gate.weight"] = (Cut(0, tp, gates),)
         norm = partial(nn.RMSNorm, self.head_width, eps=norm_eps)
         self.q_norm = norm() if config.qk_norm else nn.Identity()
         self.k_norm = norm() if config.qk_norm else nn.Identity()
@@ -101,7 +112,10 @@ class Attention(nn.Module):
             y_BHSd = self._attend(q_BHSd, k_BHSd, v_BHSd, document_BS, 0)
         else:
             y_BHSd = self._attend_over_ranks(q_BHSd, k_BHSd, v_BHSd, document_BS)
-        return reduce_scatter(self.out(y_BHSd.transpose(1, 2).flatten(2)), 1, self.tp)
+        y_BSHd = y_BHSd.transpose(1, 2)
+        if self.gate is not None:
+            y_BSHd = y_BSHd * self.gate(x_BSD).sigmoid().unflatten(-1, (y_BSHd.shape[2], -1))
+        return reduce_scatter(self.out(y_BSHd.flatten(2)), 1, self.tp)
 
     def _attend_over_ranks(
         self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, document_BS: Tensor | None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self, cast
+from typing import Annotated, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,12 @@ class DecoderConfig(Config):
     """The mixture-of-experts layers; null: all layers are dense."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers, from 0, that are dense although `moe` is given."""
+    expert_counts: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Number of experts of each mixture-of-experts layer, in order (PR-MoE, arXiv 2201.05596, has
+    more in the last ones); null: `moe.experts.count` in all."""
+    shared_depth: int = Field(default=1, ge=1)
+    """So many consecutive blocks share attention and feed-forward (router, experts); each has norms
+    of its own (WideNet, arXiv 2107.11817)."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """RMSNorm's epsilon, also in attention."""
     tie_embeddings: bool = False
@@ -62,13 +68,63 @@ class DecoderConfig(Config):
         for layer in self.dense_layers:
             if not 0 <= layer < self.layers:
                 raise ValueError(f"dense_layers has {layer}; layers are 0 to {self.layers - 1}")
+        self._check_expert_counts()
+        if self.layers % self.shared_depth:
+            raise ValueError(
+                f"layers {self.layers} must be a multiple of shared_depth {self.shared_depth}"
+            )
+        for layer in range(self.layers):
+            if self.is_moe(layer) != self.is_moe(self.first_like(layer)):
+                raise ValueError(
+                    f"dense_layers {list(self.dense_layers)}: of {self.shared_depth} blocks that "
+                    f"share their layers (shared_depth), {self.first_like(layer)} and {layer} "
+                    "are not of the same kind"
+                )
         if (self.moe is None or self.dense_layers) and self.feed_forward is None:
             raise ValueError("feed_forward is needed: this model has dense layers")
         return self
 
+    def _check_expert_counts(self) -> None:
+        counts = self.expert_counts
+        if counts is None:
+            return
+        mixtures = [layer for layer in range(self.layers) if self.is_moe(layer)]
+        if len(counts) != len(mixtures):
+            raise ValueError(
+                f"expert_counts names {len(counts)} layers, but {len(mixtures)} of the "
+                f"{self.layers} layers are mixtures of experts"
+            )
+        assert self.moe is not None
+        for layer, count in zip(mixtures, counts, strict=True):
+            self.moe.router.check(count)
+            like = self.first_like(layer)
+            if like in mixtures and counts[mixtures.index(like)] != count:
+                raise ValueError(
+                    f"expert_counts {list(counts)}: layers {like} and {layer} share their experts "
+                    "(shared_depth), but not their number"
+                )
+
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` is a mixture of experts."""
         return self.moe is not None and layer not in self.dense_layers
+
+    def experts_of(self, layer: int) -> int:
+        """Number of experts of ``layer``; 0: it is dense."""
+        if self.moe is None or not self.is_moe(layer):
+            return 0
+        if self.expert_counts is None:
+            return self.moe.experts.count
+        return self.expert_counts[sum(self.is_moe(before) for before in range(layer))]
+
+    def moe_of(self, layer: int) -> MoEConfig:
+        """Of a mixture of experts, with the number of experts that ``layer`` has."""
+        assert self.moe is not None and self.is_moe(layer)
+        experts = self.moe.experts.model_copy(update={"count": self.experts_of(layer)})
+        return self.moe.model_copy(update={"experts": experts})
+
+    def first_like(self, layer: int) -> int:
+        """The first of the blocks that share attention and feed-forward with ``layer``."""
+        return layer - layer % self.shared_depth
 
 
 class DecoderOutput(NamedTuple):
@@ -92,25 +148,37 @@ class DecoderPart:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    ``like``: a block whose attention and feed-forward are this one's too.
+    """
 
     def __init__(
-        self, layer: int, config: DecoderConfig, axes: Axes = Axes(), recompute: Recompute = "none"
+        self,
+        layer: int,
+        config: DecoderConfig,
+        axes: Axes = Axes(),
+        recompute: Recompute = "none",
+        like: "Block | None" = None,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute
+        self.route_before_attention = config.moe is not None and config.moe.route_before_attention
         hidden = recompute == "selective"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(
-            config.width, config.attention, config.norm_eps, axes.tp, axes.cp
+        self.attention: Attention = (
+            like.attention
+            if like
+            else Attention(config.width, config.attention, config.norm_eps, axes.tp, axes.cp)
         )
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.moe: MoELayer | None = None
         self.feed_forward: FeedForward | None = None
-        if config.is_moe(layer):
-            assert config.moe is not None
-            self.moe = MoELayer(config.width, config.moe, axes, recompute=hidden)
+        if like is not None:
+            self.moe, self.feed_forward = like.moe, like.feed_forward
+        elif config.is_moe(layer):
+            self.moe = MoELayer(config.width, config.moe_of(layer), axes, recompute=hidden)
         else:
             assert config.feed_forward is not None
             self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp, hidden)
@@ -127,6 +195,7 @@ class Block(nn.Module):
     def _run(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+        entering_BSD = x_BSD if self.route_before_attention else None
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
@@ -134,7 +203,7 @@ class Block(nn.Module):
         assert self.moe is not None
         if info.key_T is not None:
             info = replace(info, key_T=fold(info.key_T, self.layer))
-        y_BSD, losses, stats = self.moe(normed_BSD, info)
+        y_BSD, losses, stats = self.moe(normed_BSD, info, entering_BSD)
         return x_BSD + y_BSD, losses, stats
 
 
@@ -160,9 +229,12 @@ class Decoder(nn.Module):
         if part.embedding:
             self.embedding = VocabularyEmbedding(config.vocabulary, config.width, axes.tp)
         # names carry the number in the whole model
-        self.blocks = nn.ModuleDict(
-            {str(layer): Block(layer, config, axes, recompute) for layer in part.blocks}
-        )
+        blocks: dict[str, Block] = {}
+        for layer in part.blocks:
+            first = config.first_like(layer)
+            like = blocks[str(first)] if first < layer else None
+            blocks[str(layer)] = Block(layer, config, axes, recompute, like)
+        self.blocks = nn.ModuleDict(blocks)
         self.norm: nn.RMSNorm | None = None
         self.head: VocabularyHead | None = None
         if part.head:

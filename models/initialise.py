@@ -36,13 +36,16 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
             case Attention():
                 width, heads_width = box_of(module, "out.weight").whole
                 _draw(module, "out.weight", heads_width**-0.5 * damping, seed, prefix)
-                for name in ("q.weight", "k.weight", "v.weight"):
-                    _draw(module, name, width**-0.5, seed, prefix)
+                for name in ("q", "k", "v", "gate")[: 3 if module.gate is None else 4]:
+                    _draw(module, f"{name}.weight", width**-0.5, seed, prefix)
             case TopKRouter():
                 _draw(module, "weight", 0.02, seed, prefix)
             case MoELayer():
                 if module.shared_gate_D is not None:
                     module.shared_gate_D.zero_()
+                if module.shared_mix is not None:  # both count the same at first
+                    module.shared_mix.weight.zero_()
+                    module.shared_mix.bias.zero_()
             case VocabularyEmbedding():
                 _draw(module, "weight", 0.02, seed, prefix)
             case nn.RMSNorm():

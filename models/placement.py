@@ -1,11 +1,14 @@
 """Which part of each parameter a module holds, by what the module says it cuts."""
 
+from collections.abc import Iterable, Iterator
+from typing import cast
+
 import torch
 from torch import nn
 
 from coterie.comm.axis import Cut
 from coterie.core.box import Box
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.models.decoder import Block, Decoder, DecoderConfig
 from coterie.moe.experts import Experts
 
 
@@ -51,8 +54,16 @@ def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     if config.moe is None:
         return total, total
-    experts = sum(
-        p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters()
-    )
-    share = config.moe.router.k / config.moe.experts.count
-    return total, total - experts + int(experts * share)
+    experts = [(m, config.experts_of(number)) for number, m in _mixtures(model)]
+    stored = {layer: sum(p.numel() for p in layer.parameters()) for layer, _ in experts}
+    used = sum(stored[layer] * config.moe.router.k // count for layer, count in experts)
+    return total, total - sum(stored.values()) + used
+
+
+def _mixtures(model: Decoder) -> Iterator[tuple[int, Experts]]:
+    """(layer, experts) of each; of blocks that share them the first."""
+    seen: set[nn.Module] = set()
+    for block in cast(Iterable[Block], model.blocks.values()):
+        if block.moe is not None and block.moe not in seen:
+            seen.add(block.moe)
+            yield block.layer, block.moe.experts

@@ -19,16 +19,16 @@ class ExpertsConfig(Config):
     hidden: int = Field(ge=1)
     """Hidden width F of each."""
     activation: ActivationName = "swiglu"
-    """SwiGLU (gated), GELU (exact) or squared ReLU."""
+    """SwiGLU (gated), GELU (exact), squared ReLU or ReGLU (gated: relu(gate) · up)."""
 
 
 class Experts(nn.Module):
     """The feed-forward experts of this rank, without biases: those that ``ep`` gives it, of each
     the slice of the hidden width that ``etp`` gives it.
 
-    ``w_in_EPFD``: P = 2 for SwiGLU, gate then up, else 1. ``w_out_EFD``. E and F count local ones.
-    A sliced expert's output is its part of the sum over slices. ``recompute``: keep only the rows,
-    and compute hidden activations again in the backward pass.
+    ``w_in_EPFD``: P = 2, gate then up, for SwiGLU and ReGLU, else 1. ``w_out_EFD``. E and F count
+    local ones. A sliced expert's output is its part of the sum over slices. ``recompute``: keep
+    only the rows, and compute hidden activations again in the backward pass.
     """
 
     def __init__(

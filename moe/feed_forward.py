@@ -18,11 +18,12 @@ class FeedForwardConfig(Config):
     hidden: int = Field(ge=1)
     """Hidden width F."""
     activation: ActivationName = "swiglu"
-    """SwiGLU (gated), GELU (exact) or squared ReLU."""
+    """SwiGLU (gated), GELU (exact), squared ReLU or ReGLU (gated: relu(gate) · up)."""
 
 
 class FeedForward(nn.Module):
-    """y = act(x · w_inᵀ) · w_out, without biases. ``w_in_PFD``: gate then up for SwiGLU (P = 2).
+    """y = act(x · w_inᵀ) · w_out, without biases. ``w_in_PFD``: P = 2, gate then up, for SwiGLU and
+    ReGLU, else 1.
 
     ``tp`` splits the hidden width F (Megatron-LM, arXiv 1909.08053, §3); each of its ranks has
     tokens of its own before and after. ``recompute``: keep only the tokens, and compute the hidden

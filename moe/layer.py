@@ -30,6 +30,12 @@ class MoEConfig(Config):
     """Shared experts: one feed-forward layer that every token passes (n experts: n × hidden)."""
     shared_gate: bool = False
     """Scale the shared experts' output by sigmoid(x · w) (Qwen2-MoE)."""
+    shared_mix: bool = False
+    """Weigh the routed and the shared experts' outputs by softmax(x · W + b), two weights for each
+    token (DeepSpeed's residual MoE: with `router.k` 1 and one shared expert)."""
+    route_before_attention: bool = False
+    """Route by the residual stream that enters the block, not normalised, rather than by the
+    layer's own input: what attention does not change is known before it (SmallThinker)."""
     max_rows_factor: float | None = Field(default=2.0, ge=1.0)
     """With experts spread over ranks: up to so many times the mean over ranks a rank takes its rows
     at once; beyond that in rounds of the mean, slower but in the same memory. Null: no limit."""
@@ -39,6 +45,10 @@ class MoEConfig(Config):
         self.router.check(self.experts.count)
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate needs shared experts, but shared is null")
+        if self.shared_mix and self.shared is None:
+            raise ValueError("shared_mix needs shared experts, but shared is null")
+        if self.shared_mix and self.shared_gate:
+            raise ValueError("shared_mix and shared_gate are two ways to weigh the shared experts")
         return self
 
 
@@ -80,17 +90,25 @@ class MoELayer(nn.Module):
             FeedForward(width, config.shared, axes.tp, recompute) if config.shared else None
         )
         self.shared_gate_D = nn.Parameter(torch.empty(width)) if config.shared_gate else None
+        self.shared_mix = nn.Linear(width, 2) if config.shared_mix else None
 
-    def forward(self, x: Tensor, info: TokenInfo | None = None) -> MoEOutput:
-        """``x``: (..., D), flattened to T tokens in the order of ``info``'s tensors."""
+    def forward(
+        self, x: Tensor, info: TokenInfo | None = None, route_by: Tensor | None = None
+    ) -> MoEOutput:
+        """``x``: (..., D), flattened to T tokens in the order of ``info``'s tensors. ``route_by``:
+        what the router sees of them (same shape), if not ``x``."""
         x_TD = x.reshape(-1, x.shape[-1])
-        assignment, losses, stats = self.router(x_TD, info or TokenInfo())
+        seen_TD = x_TD if route_by is None else route_by.reshape(x_TD.shape)
+        assignment, losses, stats = self.router(seen_TD, info or TokenInfo())
         assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
         y_TD = self.experts.over(self.exchange, x_TD, assignment)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate_D is not None:
                 shared_TD = shared_TD * (x_TD @ self.shared_gate_D).sigmoid()[:, None]
+            if self.shared_mix is not None:
+                weight_T2 = self.shared_mix(x_TD).softmax(-1)
+                y_TD, shared_TD = y_TD * weight_T2[:, :1], shared_TD * weight_T2[:, 1:]
             y_TD = y_TD + shared_TD
         return MoEOutput(y_TD.view_as(x), losses, stats)
 

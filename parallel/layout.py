@@ -87,6 +87,7 @@ _AXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "replicate": ("dense_grid", ("replicate",)),
     "shard": ("dense_grid", ("shard",)),
     "expert": ("expert_grid", ("ep", "etp")),
+    "etp": ("expert_grid", ("etp",)),
     "expert_replicate": ("expert_grid", ("expert_replicate",)),
     "expert_shard": ("expert_grid", ("expert_shard",)),
 }
@@ -94,7 +95,8 @@ AXES = tuple(_AXES)
 """The kinds of process group: ``pp`` a pipeline; ``tp``, ``cp``; ``sequence`` the ranks that hold
 parts of the same sequences (cp × tp); ``data`` all that hold tokens of the same stage;
 ``replicate`` and ``shard`` of dense parameters; ``expert`` the ranks that rows travel between
-(ep × etp), and the ``expert_replicate`` and ``expert_shard`` of expert parameters."""
+(ep × etp), ``etp`` those that split the same experts, and the ``expert_replicate`` and
+``expert_shard`` of expert parameters."""
 
 _DIMENSIONS = {
     "data_grid": ("pp", "dp", "cp", "tp"),

@@ -1,20 +1,26 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW or Muon, and the learning-rate schedule."""
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from coterie.core.config import Config
 from coterie.parallel.model import ParallelModel, local
+from coterie.parallel.muon import Muon, Scale, Settings, takes
+
+OptimizerKind = Literal["adamw", "muon"]
 
 
 class OptimizerConfig(Config):
-    """AdamW, with linear warm-up and cosine decay."""
+    """AdamW or Muon, with linear warm-up and cosine decay."""
 
+    kind: OptimizerKind = "adamw"
+    """muon: each matrix is updated by its momentum made orthogonal (every expert's by itself); the
+    embedding, the output layer and vectors by AdamW, at the same rate."""
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
     final_lr: float = Field(default=0.1, ge=0, le=1)
@@ -22,11 +28,18 @@ class OptimizerConfig(Config):
     warmup: int = Field(default=50, ge=0)
     """Steps of linear warm-up from zero."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, on matrices alone: not on norm gains."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Muon's momentum."""
+    nesterov: bool = True
+    """Whether Muon looks ahead by one gradient (Nesterov)."""
+    muon_scale: Scale = "match_adamw"
+    """Muon's factor on the learning rate for an A × B matrix: `match_adamw` 0.2 · √max(A, B), so
+    that AdamW's rate and weight decay serve; `original` √max(1, outputs / inputs)."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; null: gradients are not clipped."""
 
@@ -46,32 +59,49 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum",)
+
+
+def moments_of(config: OptimizerConfig, name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter whose whole has ``shape``; AdamW also counts its
+    steps."""
+    return MUON_MOMENTS if config.kind == "muon" and takes(name, shape) else ADAMW_MOMENTS
+
+
 class Optimizer:
-    """Fused AdamW over what this rank holds of each parameter; the rate is set before each step.
+    """AdamW (fused), and Muon for matrices if so configured, over what this rank holds of each
+    parameter; the rate is set before each step.
 
     Shards are plain tensors to it, which share their memory with the model's.
     """
 
     def __init__(self, model: ParallelModel, config: OptimizerConfig) -> None:
         self._model = model
-        self.parameters: dict[str, nn.Parameter] = {}
+        self._own = {name: _own(parameter) for name, parameter in model.named()}
+        self.parameters = {name: own for name, own in self._own.items() if own.numel()}
         """By global name; a shard without elements is left out."""
-        for name, parameter in model.named():
-            own = parameter
-            if isinstance(parameter, DTensor):
-                own = nn.Parameter(local(parameter.detach()))
-            if own.numel():
-                self.parameters[name] = own
-        dims = {name: len(model.places[name].box.whole) for name in self.parameters}
+        shapes = {name: model.places[name].box.whole for name in self._own}
+        self.moment_names = {n: moments_of(config, n, shapes[n]) for n in self.parameters}
+        self.muon: Muon | None = None
+        if config.kind == "muon":
+            self.muon = Muon(
+                {name: own for name, own in self._own.items() if takes(name, shapes[name])},
+                model.places,
+                model.ranks.groups,
+                config.lr,
+                Settings(config.momentum, config.nesterov, config.muon_scale, config.weight_decay),
+            )
+        rest = [n for n, moments in self.moment_names.items() if moments == ADAMW_MOMENTS]
         groups = [
-            {"params": [p for n, p in self.parameters.items() if chosen(dims[n])], **settings}
+            {"params": [self.parameters[n] for n in rest if chosen(len(shapes[n]))], **settings}
             for chosen, settings in (
                 (lambda d: d >= 2, {"weight_decay": config.weight_decay}),
                 (lambda d: d < 2, {"weight_decay": 0.0}),
             )
         ]
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [group for group in groups if group["params"]] or groups[:1],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -87,15 +117,42 @@ class Optimizer:
     def lr(self, rate: float) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        if self.muon is not None:
+            self.muon.lr = rate
 
     def step(self) -> None:
         """Update the parameters from the model's gradients."""
         for name, parameter in self._model.named():
-            if name in self.parameters and parameter.grad is not None:
-                self.parameters[name].grad = local(parameter.grad)
+            if parameter.grad is not None:
+                self._own[name].grad = local(parameter.grad)
+        if self.muon is not None:
+            self.muon.step()
         self.adamw.step()
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """What is kept of a parameter, made (zero) where there is nothing yet; with AdamW's
+        ``step``."""
+        names = self.moment_names[name]
+        if names == MUON_MOMENTS:
+            assert self.muon is not None
+            return {"momentum": self.muon.momenta[name]}
+        parameter = self.parameters[name]
+        state = self.adamw.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for moment in names:
+                state[moment] = torch.zeros_like(parameter)
+        return {key: state[key] for key in ("step", *names)}
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        for own in self._own.values():
+            own.grad = None
         self._model.zero_grad(set_to_none=True)
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    """The shard as a parameter that shares its memory; what is not sharded is itself."""
+    if isinstance(parameter, DTensor):
+        return nn.Parameter(local(parameter.detach()))
+    return parameter

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coterie.comm.axis import Axis
+from coterie.comm.axis import Axis, Cut
 from coterie.core.box import Box
 from coterie.models import Decoder, DecoderConfig
 from coterie.models.decoder import DecoderPart
@@ -24,6 +24,8 @@ class Place:
     """Whether tp splits it; if not, each rank of tp has a gradient from its own tokens."""
     owner: bool
     """The rank, of those that hold the same box, stands for all."""
+    cuts: tuple[Cut, ...] = ()
+    """How the box was cut out of the whole, in that order; axes by the layout's names."""
 
 
 def places(
@@ -58,11 +60,13 @@ def places_of(decoder: Decoder, layout: Layout, rank: int) -> dict[str, Place]:
         expert = "ep" in axes
         split = "tp" in axes
         first = at.expert_replicate == 0 if expert else at.replicate == 0
+        shard = shard_cut(box, expert, layout, at)
         found[name] = Place(
-            box=sharded_box(box, expert, layout, at),
+            box=box.cut(shard.dim, shard.axis.part(shard.length)) if shard else box,
             expert=expert,
             tensor_parallel=split,
             owner=first and (expert or split or at.tp == 0),
+            cuts=(*cuts[name], shard) if shard else cuts[name],
         )
     return found
 
@@ -72,12 +76,12 @@ def shard_dim(shape: tuple[int, ...], shards: int) -> int:
     return next((dim for dim, length in enumerate(shape) if length % shards == 0), 0)
 
 
-def sharded_box(box: Box, expert: bool, layout: Layout, place: Coordinates) -> Box:
-    """What the rank at ``place`` keeps of a parameter of which its module has ``box``."""
-    rank, size = (
-        (place.expert_shard, layout.expert_shard) if expert else (place.shard, layout.shard)
-    )
-    if size == 1:
-        return box
-    dim = shard_dim(box.shape, size)
-    return box.cut(dim, Axis("shard", rank, size).part(box.shape[dim]))
+def shard_cut(box: Box, expert: bool, layout: Layout, place: Coordinates) -> Cut | None:
+    """How the rank at ``place`` shards a parameter of which its module has ``box``, if it does."""
+    axis = Axis("shard", place.shard, layout.shard)
+    if expert:
+        axis = Axis("expert_shard", place.expert_shard, layout.expert_shard)
+    if axis.size == 1:
+        return None
+    dim = shard_dim(box.shape, axis.size)
+    return Cut(dim, axis, box.shape[dim])

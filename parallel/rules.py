@@ -69,6 +69,7 @@ def _problems(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterato
     yield from _tensor(config, model)
     yield from _experts(config, world, model)
     yield from _pipeline(config, model)
+    yield from _shared_depth(config, model)
 
 
 def _world(config: LayoutConfig, world: int) -> Iterator[str]:
@@ -106,9 +107,11 @@ def _experts(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator
             if getattr(config, name) > 1:
                 yield f"parallel.{name} is {getattr(config, name)}, but the model has no experts"
         return
-    count, hidden = model.moe.experts.count, model.moe.experts.hidden
-    if count % ep:
-        yield f"parallel.ep is {ep}, but model.moe.experts.count {count} does not divide by it"
+    hidden = model.moe.experts.hidden
+    key = "model.moe.experts.count" if model.expert_counts is None else "model.expert_counts:"
+    for count in model.expert_counts or (model.moe.experts.count,):
+        if count % ep:
+            yield f"parallel.ep is {ep}, but {key} {count} does not divide by it"
     if hidden % etp:
         yield f"parallel.etp is {etp}, but model.moe.experts.hidden {hidden} does not divide by it"
     ranks = world // config.pp
@@ -159,6 +162,16 @@ def _pipeline(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
             f"parallel.pp is {config.pp}, but model.tie_embeddings needs the embedding and the "
             "output layer on one stage"
         )
+
+
+def _shared_depth(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
+    for blocks in blocks_of_stages(config, model.layers):
+        if blocks and (blocks.start % model.shared_depth or blocks.stop % model.shared_depth):
+            yield (
+                f"parallel: a stage of the pipeline has blocks {blocks.start} to "
+                f"{blocks.stop - 1}, but groups of model.shared_depth {model.shared_depth} blocks "
+                "share their layers and must be on one stage"
+            )
 
 
 def _advice(config: LayoutConfig, world: int, model: DecoderConfig) -> str:

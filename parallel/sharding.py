@@ -4,6 +4,7 @@ Each parameter is split along one dimension over the ``shard`` ranks; before use
 after the backward pass its gradient is reduce-scattered: summed, since losses are shares.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import cast
 
@@ -21,7 +22,7 @@ from coterie.parallel.placement import shard_dim
 def shard(stage: nn.Module, decoder: Decoder, ranks: Ranks) -> None:
     """Shard the parameters of ``decoder``, in place; ``stage`` is the module around it that is
     called. Groups of parameters that are gathered together: each block without its experts, these,
-    the embedding, the output layer."""
+    what several blocks share, the embedding, the output layer."""
     layout = ranks.layout
     if layout.shard == 1:
         return
@@ -46,7 +47,10 @@ def shard(stage: nn.Module, decoder: Decoder, ranks: Ranks) -> None:
         for module in experts:
             wrap(module, expert_mesh, reshard)
             register_fsdp_forward_method(module, "over")
-    for block in cast(Iterable[Block], decoder.blocks.values()):
+    blocks = list(cast(Iterable[Block], decoder.blocks.values()))
+    for layer in _shared(blocks):
+        wrap(layer, mesh, reshard)
+    for block in blocks:
         wrap(block, mesh, reshard)
     tied = decoder.embedding and decoder.head and decoder.embedding.weight is decoder.head.weight
     if decoder.embedding is not None and not tied:
@@ -58,3 +62,12 @@ def shard(stage: nn.Module, decoder: Decoder, ranks: Ranks) -> None:
         if isinstance(wrapped, FSDPModule):
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
+
+
+def _shared(blocks: list[Block]) -> list[nn.Module]:
+    """The layers that belong to several blocks, each once."""
+    layers = [
+        layer for block in blocks for layer in (block.attention, block.feed_forward, block.moe)
+    ]
+    times = Counter(layer for layer in layers if layer is not None)
+    return [layer for layer, uses in times.items() if uses > 1]

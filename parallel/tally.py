@@ -1,6 +1,7 @@
 """What a step saw: summed over micro-batches on each rank, then over ranks, each thing once."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ class Tally:
             for name in ("stop", "loss", "tokens", *(f"router.{name}" for name in names))
         }
         layers = [layer for layer in range(config.layers) if config.is_moe(layer)]
-        self._experts = config.moe.experts.count if config.moe else 0
         self.layers: dict[int, Tensor] = {
-            layer: torch.zeros(self._experts + 3, dtype=torch.float64, device=ranks.device)
+            layer: torch.zeros(
+                config.experts_of(layer) + 3, dtype=torch.float64, device=ranks.device
+            )
             for layer in layers
         }
 
@@ -48,9 +50,9 @@ class Tally:
         parts = [value.view(1) for value in self.numbers.values()] + list(self.layers.values())
         values = sum_over(torch.cat(parts), self._ranks.everyone).tolist()
         numbers = dict(zip(self.numbers, values, strict=False))
-        rest, size = values[len(numbers) :], self._experts + 3
+        rest = iter(values[len(numbers) :])
         layers = {
-            layer: _layer(rest[n * size : (n + 1) * size]) for n, layer in enumerate(self.layers)
+            layer: _layer(list(islice(rest, sums.numel()))) for layer, sums in self.layers.items()
         }
         return Totals(numbers, layers)
 

@@ -52,16 +52,17 @@ def attention_half(work: Workload) -> Held:
         kept += _core(work)
     else:
         kept += q  # the output layer's input
+    kept += gated_result(work)
     # rotating holds the product with cos, the two halves exchanged, and their product with sin
     rotating = max(2 * k + 3.5 * q, k + 2 * q + 3.5 * k - q)
     inputs = normed + stream + (joined * whole if work.layout.tp > 1 else 0)
-    inputs += 3 * joined * half if work.autocast else 0
+    inputs += (3 + bool(work.gates)) * joined * half if work.autocast else 0
     weights = _weights(work, _attention_weights(work))
     out = (joined * half if work.layout.tp > 1 else 0) + stream
     forward = inputs + weights + int(max(q + rotating, 2 * q + 2 * k + q + out + _core(work)))
     again = _core(work) if work.recompute == "selective" else 0
-    backward = stream + joined * half + q + (q + 2 * k) + again
-    return Held(kept, max(kept, forward), backward)
+    backward = stream + joined * half + q + (q + 2 * k) + again + gated_result(work)
+    return Held(kept, max(kept, forward + gated_result(work)), backward)
 
 
 def _heads(work: Workload) -> tuple[int, int]:
@@ -72,13 +73,19 @@ def _heads(work: Workload) -> tuple[int, int]:
 
 def _attention_weights(work: Workload) -> int:
     heads = 2 * work.model.attention.heads + 2 * work.kv_heads
-    return heads * work.head_width * work.model.width // work.layout.tp
+    return (heads * work.head_width + work.gates) * work.model.width // work.layout.tp
+
+
+def gated_result(work: Workload) -> int:
+    """Attention's gates, and its result times them."""
+    gates = work.gathered * work.gates // work.layout.tp * work.half
+    return gates + _heads(work)[0] if gates else 0
 
 
 def _attention_input(work: Workload) -> int:
-    """x for the weights' gradients: cast once for each of q, k and v under autocast."""
+    """x for the weights' gradients: cast once for each of q, k, v and gate under autocast."""
     each = work.gathered * work.model.width * work.half
-    return 3 * each if work.autocast else each
+    return (3 + bool(work.gates)) * each if work.autocast else each
 
 
 def _weights(work: Workload, count: int) -> int:
@@ -154,36 +161,42 @@ def feed_forward(work: Workload, config: FeedForwardConfig) -> Held:
     return Held(kept, forward, backward)
 
 
-def moe_half(work: Workload) -> Held:
-    """x + moe(norm(x))."""
+def moe_half(work: Workload, count: int) -> Held:
+    """x + moe(norm(x)) with ``count`` experts."""
     config = work.model.moe
     assert config is not None
     tokens, width = work.own, work.model.width
     stream = tokens * width * work.whole
-    routing = router(work)
+    routing = router(work, count)
     rows = exchange(work)
-    experts_ = experts(work)
-    kept = norm(work) + stream + routing + rows.kept + experts_.kept
+    experts_ = experts(work, count)
+    # the router's input, unless attention's half has kept it as it is
+    routed = 0 if config.route_before_attention and not config.router.jitter else stream
+    kept = norm(work) + routed + routing + rows.kept + experts_.kept
     forward = norm(work) + stream + routing + rows.forward + experts_.forward
     backward = stream + max(rows.backward + experts_.backward, 0)
     if config.shared is not None:
         shared = feed_forward(work, config.shared)
         # the input is the router's; only casting or gathering makes another
-        same = not work.autocast and work.layout.tp == 1
+        same = not work.autocast and work.layout.tp == 1 and not config.route_before_attention
         own = shared.kept - (tokens * width * work.half if same else 0)
         kept += own
         forward = max(forward, kept - own + shared.forward + 2 * stream)
         if config.shared_gate:  # the output and its gate; cast: x and the gate's weights
             kept += tokens * (width + 1) * work.half
             kept += (tokens + 1) * width * work.half if work.autocast else 0
+        if config.shared_mix:  # both outputs and their weights; cast: x and the weights' weights
+            weight = work.whole if work.device == "cuda" else work.half
+            kept += 2 * tokens * (width * work.half + weight)
+            kept += (tokens + 2) * width * work.half if work.autocast else 0
         backward = max(backward, stream + shared.backward)
     return Held(kept, max(kept + 2 * stream, forward), backward)
 
 
-def router(work: Workload) -> int:
+def router(work: Workload, experts_: int) -> int:
     """What a top-k router keeps besides its input: scores, logits, choices and their places."""
     assert work.model.moe is not None
-    config, experts_ = work.model.moe.router, work.model.moe.experts.count
+    config = work.model.moe.router
     tokens, whole = work.own, work.whole
     choices = tokens * config.k
     scores = tokens * experts_ * whole
@@ -218,12 +231,12 @@ def exchange(work: Workload) -> Held:
     return Held(kept, forward, backward)
 
 
-def experts(work: Workload) -> Held:
+def experts(work: Workload, count: int) -> Held:
     """The experts' rows and hidden values, and their weights where these are cast."""
     assert work.model.moe is not None
     config, layout = work.model.moe.experts, work.layout
     parts = ACTIVATIONS[config.activation].parts
-    local, hidden = config.count // layout.ep, config.hidden // layout.etp
+    local, hidden = count // layout.ep, config.hidden // layout.etp
     width, half = work.model.width, work.half
     rows = padded = work.held
     if work.device == "cpu" and work.compute == "fp32":

@@ -1,5 +1,6 @@
 """Multiplications and additions of a stage's matrix products, for one micro-batch on one rank."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from coterie.moe.activations import ACTIVATIONS
@@ -27,12 +28,10 @@ def stage_flops(work: Workload, stage: int) -> Flops:
     """The stage's products; experts work on the busiest rank's rows."""
     total = Flops(0.0)
     layers = work.layers(stage)
-    moe = sum(work.model.is_moe(layer) for layer in layers)
-    for count, flops in (
-        (len(layers), _attention(work)),
-        (len(layers) - moe, _dense(work) if moe < len(layers) else Flops(0.0)),
-        (moe, _moe(work) if moe else Flops(0.0)),
-    ):
+    kinds = Counter(work.model.experts_of(layer) for layer in layers)
+    parts = [(len(layers), _attention(work))]
+    parts += [(n, _moe(work, kind) if kind else _dense(work)) for kind, n in kinds.items()]
+    for count, flops in parts:
         total += Flops(count * flops.forward, count * flops.core, count * flops.forward)
     if stage == work.layout.stages - 1:
         total += Flops(2.0 * work.gathered * work.model.width * work.vocabulary)
@@ -41,8 +40,8 @@ def stage_flops(work: Workload, stage: int) -> Flops:
 
 def _attention(work: Workload) -> Flops:
     attention, layout = work.model.attention, work.layout
-    heads = (2 * attention.heads + 2 * work.kv_heads) * work.head_width // layout.tp
-    projections = 2.0 * work.gathered * work.model.width * heads
+    outputs = (2 * attention.heads + 2 * work.kv_heads) * work.head_width + work.gates
+    projections = 2.0 * work.gathered * work.model.width * outputs / layout.tp
     # causal: half of all pairs, in two products
     pairs = work.gathered * work.sequence / 2
     core = 4.0 * pairs * attention.heads // layout.tp * work.head_width
@@ -60,11 +59,11 @@ def _dense(work: Workload) -> Flops:
     return _feed_forward(work, work.model.feed_forward)
 
 
-def _moe(work: Workload) -> Flops:
+def _moe(work: Workload, count: int) -> Flops:
     config = work.model.moe
     assert config is not None
     width, experts = work.model.width, config.experts
     parts = ACTIVATIONS[experts.activation].parts
     each = 2.0 * work.received * width * experts.hidden / work.layout.etp
-    routed = Flops((parts + 1) * each + 2.0 * work.own * width * experts.count, parts * each)
+    routed = Flops((parts + 1) * each + 2.0 * work.own * width * count, parts * each)
     return routed + (_feed_forward(work, config.shared) if config.shared else Flops(0.0))

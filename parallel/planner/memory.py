@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 from coterie.parallel.planner.activations import rotations
+from coterie.parallel.planner.muon import matrices, muon_bytes, orthogonalising
 from coterie.parallel.planner.parameters import UnitSize, unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces, Stage
 from coterie.parallel.planner.schedule import order
@@ -42,12 +43,13 @@ def memory(work: Workload, pp: int, pieces: Pieces | None = None) -> Memory:
     sharded = sum(unit.sharded for unit in sizes) * work.whole
     static = _Static(
         parameters=sharded,
-        optimizer=2 * sharded,
+        optimizer=sum(unit.moments(work) for unit in sizes) * work.whole,
         buffers=batches(work) + rotations(work) + receive_buffers(work, pp),
     )
     peaks = [
         *_while_running(work, pp, held, static, sizes),
         _while_summing(work, pp, static, sizes),
+        _while_updating(work, pp, static, sizes),
     ]
     return max(peaks, key=lambda peak: peak.peak)
 
@@ -133,6 +135,13 @@ def _while_summing(work: Workload, pp: int, static: _Static, sizes: list[UnitSiz
     """After the last micro-batch: gradients are summed over replicas, small ones in flat copies."""
     gradients = sum(unit.sharded for unit in sizes) * work.whole
     return static.at(gradients, 0, 0, flat_gradients(work, pp))
+
+
+def _while_updating(work: Workload, pp: int, static: _Static, sizes: list[UnitSize]) -> Memory:
+    """In the update: Muon gathers one parameter's matrices at a time and iterates on them."""
+    gradients = sum(unit.sharded for unit in sizes) * work.whole
+    elements = max((orthogonalising(p, work) for p in matrices(work, pp)), default=0)
+    return static.at(gradients, 0, 0, elements * muon_bytes(work))
 
 
 _BATCH = 4 * INT + 1

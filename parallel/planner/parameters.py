@@ -12,6 +12,7 @@ import numpy.typing as npt
 from coterie.models import DecoderConfig
 from coterie.moe.activations import ACTIVATIONS
 from coterie.parallel.layout import Layout
+from coterie.parallel.muon import takes
 from coterie.parallel.placement import shard_dim
 from coterie.parallel.planner.workload import Workload
 
@@ -35,6 +36,11 @@ class Parameter:
     def kind(self) -> Kind:
         """Experts are split over other ranks than all else."""
         return "expert" if self.unit[0] == "experts" else "dense"
+
+    @property
+    def of_muon(self) -> bool:
+        """Whether Muon would update it."""
+        return takes(self.name, self.shape)
 
     def part(self, layout: Layout) -> tuple[int, ...]:
         """The shape on the rank with the largest part, before FSDP."""
@@ -60,7 +66,9 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     width, vocabulary = config.width, config.vocabulary
     yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
     for layer in range(config.layers):
-        for name, shape, cuts, in_experts in _block(config, config.is_moe(layer)):
+        for name, shape, cuts, in_experts in _block(config, layer):
+            if config.first_like(layer) < layer and name not in _NORMS:
+                continue
             unit = ("experts" if in_experts else "block", layer)
             yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts)
     yield Parameter("norm.weight", (width,), ("head", 0))
@@ -68,10 +76,12 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
         yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
 
 
+_NORMS = ("attention_norm.weight", "feed_forward_norm.weight")
+"""What a block has of its own where blocks share their layers."""
 _Entry = tuple[str, tuple[int, ...], tuple[tuple[int, str], ...], bool]
 
 
-def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
+def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
     """(name, shape, cuts, whether it is in the experts) of a block's parameters."""
     width, attention = config.width, config.attention
     head = attention.head_width or width // attention.heads
@@ -80,17 +90,19 @@ def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
     for name, heads in (("q", attention.heads), ("k", kv_heads), ("v", kv_heads)):
         yield f"attention.{name}.weight", (heads * head, width), ((0, "tp"),), False
     yield "attention.out.weight", (width, attention.heads * head), ((1, "tp"),), False
+    if gates := attention.gate_width(head):
+        yield "attention.gate.weight", (gates, width), ((0, "tp"),), False
     if attention.qk_norm:
         yield "attention.q_norm.weight", (head,), (), False
         yield "attention.k_norm.weight", (head,), (), False
     yield "feed_forward_norm.weight", (width,), (), False
-    if not is_moe:
+    if not config.is_moe(layer):
         assert config.feed_forward is not None
         ff = config.feed_forward
         yield from _feed_forward("feed_forward", width, ff.hidden, ACTIVATIONS[ff.activation].parts)
         return
-    assert config.moe is not None
-    experts, shared = config.moe.experts, config.moe.shared
+    moe = config.moe_of(layer)
+    experts, shared = moe.experts, moe.shared
     parts = ACTIVATIONS[experts.activation].parts
     yield "moe.router.weight", (experts.count, width), (), False
     shape = (experts.count, parts, experts.hidden, width)
@@ -100,7 +112,10 @@ def _block(config: DecoderConfig, is_moe: bool) -> Iterator[_Entry]:
     if shared is not None:
         parts = ACTIVATIONS[shared.activation].parts
         yield from _feed_forward("moe.shared", width, shared.hidden, parts)
-    if config.moe.shared_gate:
+    if moe.shared_mix:
+        yield "moe.shared_mix.weight", (2, width), (), False
+        yield "moe.shared_mix.bias", (2,), (), False
+    if moe.shared_gate:
         yield "moe.shared_gate_D", (width,), (), False
 
 
@@ -120,6 +135,12 @@ class UnitSize:
     largest: int
     """Of its biggest parameter, gathered."""
     tensors: int
+    matrices: int
+    """What FSDP leaves of the parameters that Muon would update."""
+
+    def moments(self, work: Workload) -> int:
+        """Elements that the optimizer keeps: two for each of AdamW's, one for each of Muon's."""
+        return 2 * self.sharded - (self.matrices if work.optimizer == "muon" else 0)
 
 
 @cache
@@ -129,36 +150,45 @@ def unit_sizes(config: DecoderConfig, layout: Layout) -> dict[Unit, UnitSize]:
     for parameter in representatives(config):
         grouped.setdefault(parameter.unit, []).append(parameter)
     sizes = {unit: _unit_size(members, layout) for unit, members in grouped.items()}
-    for layer in range(config.layers):
-        like = _like(config, layer)
+    for layer, like in enumerate(_likes(config)):
         for part in ("block", "experts"):
             if (part, like) in sizes:
                 sizes[part, layer] = sizes[part, like]
     return sizes
 
 
-def _like(config: DecoderConfig, layer: int) -> int:
-    """The first layer with the same parameters as ``layer``."""
-    return next(n for n in range(config.layers) if config.is_moe(n) == config.is_moe(layer))
+@cache
+def _likes(config: DecoderConfig) -> tuple[int, ...]:
+    """Of each layer the first one with the same parameters."""
+    kinds = [(config.experts_of(n), config.first_like(n) == n) for n in range(config.layers)]
+    return tuple(map(kinds.index, kinds))
+
+
+def uses(config: DecoderConfig, unit: Unit) -> int:
+    """How often a pass over the model runs a unit: more than once where blocks share layers."""
+    name, layer = unit
+    shared = name in ("block", "experts") and config.first_like(layer) == layer
+    return config.shared_depth if shared else 1
 
 
 @cache
 def representatives(config: DecoderConfig) -> tuple[Parameter, ...]:
     """The parameters of all units, of equal blocks only the first."""
-    kept = {_like(config, layer) for layer in range(config.layers)}
+    kept = set(_likes(config))
     return tuple(
         p for p in parameters(config) if p.unit[0] in ("embedding", "head") or p.unit[1] in kept
     )
 
 
 def _unit_size(members: list[Parameter], layout: Layout) -> UnitSize:
-    whole = sharded = largest = 0
+    whole = sharded = largest = matrices = 0
     for parameter in members:
         part = parameter.part(layout)
         whole += prod(part)
         sharded += parameter.elements(layout)
         largest = max(largest, prod(part))
-    return UnitSize(whole, sharded, largest, len(members))
+        matrices += parameter.elements(layout) if parameter.of_muon else 0
+    return UnitSize(whole, sharded, largest, len(members), matrices)
 
 
 def units_of(work: Workload, stage: int) -> list[Unit]:
@@ -166,18 +196,19 @@ def units_of(work: Workload, stage: int) -> list[Unit]:
     units: list[Unit] = [("embedding", 0)] if stage == 0 else []
     for layer in work.layers(stage):
         units.append(("block", layer))
-        if work.model.is_moe(layer):
+        if work.model.is_moe(layer) and work.model.first_like(layer) == layer:
             units.append(("experts", layer))
     if stage == work.layout.stages - 1:
         units.append(("head", 0))
     return units
 
 
-def owned(work: Workload) -> npt.NDArray[np.int64]:
-    """(world, 2): elements of dense and of expert parameters that each rank stores."""
+def owned(work: Workload, of_muon: bool = False) -> npt.NDArray[np.int64]:
+    """(world, 2): elements of dense and of expert parameters that each rank stores; ``of_muon``: of
+    those alone that Muon would update."""
     layout = work.layout
     table = np.zeros((layout.world, 2), dtype=np.int64)
-    dense, expert = _elements_by_stage(work)
+    dense, expert = _elements_by_stage(work, of_muon)
     for pp in range(layout.pp):
         ranks = slice(pp * layout.stage_ranks, (pp + 1) * layout.stage_ranks)
         mine = layout.stages_of(pp)
@@ -187,20 +218,21 @@ def owned(work: Workload) -> npt.NDArray[np.int64]:
 
 
 def _elements_by_stage(
-    work: Workload,
+    work: Workload, of_muon: bool
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]]:
     """Elements of each stage's dense and expert parameters, by rank inside the stage."""
     layout, config = work.layout, work.model
     by_unit: dict[Unit, npt.NDArray[np.int64]] = {}
     for parameter in representatives(config):
-        held = _held(parameter, layout)
+        held = _held(parameter, layout) * (parameter.of_muon or not of_muon)
         by_unit[parameter.unit] = by_unit.get(parameter.unit, 0) + held
     dense, expert = [], []
     nothing = np.zeros(layout.stage_ranks, dtype=np.int64)
+    likes = _likes(config)
     for stage in range(layout.stages):
         sums = {"dense": nothing, "expert": nothing}
         for name, layer in units_of(work, stage):
-            like = layer if name in ("embedding", "head") else _like(config, layer)
+            like = layer if name in ("embedding", "head") else likes[layer]
             kind = "expert" if name == "experts" else "dense"
             sums[kind] = sums[kind] + by_unit[name, like]
         dense.append(sums["dense"])

@@ -1,13 +1,15 @@
 """A pipeline stage as a row of pieces that run one after the other, and what each holds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from coterie.parallel.planner import activations
 from coterie.parallel.planner.activations import Held
 from coterie.parallel.planner.parameters import Parameter, representatives
 from coterie.parallel.planner.workload import Workload
+
+Kind = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Piece:
     held: Held
     gradients: int
     """Bytes of the gradients of its parameters, before FSDP."""
+    new: int
+    """Of these, what no piece has made before it: later pieces may share its parameters."""
     largest: int
     """Of the largest of these."""
 
@@ -41,11 +45,15 @@ class Stage:
 
 
 class Pieces:
-    """The pieces of a workload's stages; those of equal blocks are computed once."""
+    """The pieces of a workload's stages; those of equal blocks are computed once.
+
+    A kind: "attention", "feed forward", "block" (both), "embedding" or "head"; and the number of
+    experts, 0 if that is dense or none.
+    """
 
     def __init__(self, work: Workload) -> None:
         self.work = work
-        self._made: dict[str, Piece] = {}
+        self._made: dict[Kind, Piece] = {}
 
     def stage(self, number: int) -> Stage:
         """What stage ``number`` holds."""
@@ -57,8 +65,8 @@ class Pieces:
         # the last piece's result, until it is handed on
         first, later, live, made = 0, 0, kept, 0
         for piece in reversed(pieces):
-            made += piece.gradients
-            first = max(first, live + piece.held.backward + made)
+            made += piece.new
+            first = max(first, live + piece.held.backward + made + piece.gradients - piece.new)
             later = max(later, live + piece.held.backward + piece.gradients)
             live -= piece.held.kept
         last = number == self.work.layout.stages - 1
@@ -67,90 +75,87 @@ class Pieces:
 
     def _row(self, number: int) -> list[Piece]:
         work = self.work
-        row = [self._piece("embedding")] if number == 0 else []
+        row = [self._piece(("embedding", 0))] if number == 0 else []
         for layer in work.layers(number):
-            feed = "moe" if work.model.is_moe(layer) else "dense"
+            feed = work.model.experts_of(layer)
+            # of blocks that share their layers the last one's backward pass is the first
+            again = (layer + 1) % work.model.shared_depth != 0
+            halves: list[Kind] = [("attention", 0), ("feed forward", feed)]
             if work.recompute == "full":
-                row.append(self._piece(f"block {feed}"))
-            else:
-                row += [self._piece("attention"), self._piece(feed)]
+                halves = [("block", feed)]
+            row += [self._again(half) if again else self._piece(half) for half in halves]
         if number > 0 and row and work.layers(number):
             row[0] = self._received(row[0])
-        return row + ([self._piece("head")] if number == work.layout.stages - 1 else [])
+        return row + ([self._piece(("head", 0))] if number == work.layout.stages - 1 else [])
 
-    def _piece(self, kind: str) -> Piece:
+    def _piece(self, kind: Kind) -> Piece:
         if kind not in self._made:
-            self._made[kind] = _MAKERS[kind](self.work)
+            name, experts = kind
+            self._made[kind] = _MAKERS[name](self.work, experts)
         return self._made[kind]
+
+    def _again(self, kind: Kind) -> Piece:
+        """A piece whose parameters have gradients already, but for those of its norms."""
+        piece, width = self._piece(kind), self.work.model.width
+        norms = 2 if kind[0] == "block" else 1
+        return replace(piece, new=norms * width * self.work.whole)
 
     def _received(self, piece: Piece) -> Piece:
         """The first piece of a later stage: its input lies in a receive buffer."""
         stream = self.work.own * self.work.model.width * self.work.whole
         held = piece.held
         held = Held(held.kept - stream, held.forward - stream, held.backward)
-        return Piece(held, piece.gradients, piece.largest)
+        return replace(piece, held=held)
 
 
-def _embedding(work: Workload) -> Piece:
+def _embedding(work: Workload, _experts: int = 0) -> Piece:
     return _with_gradients(work, activations.embedding(work), lambda p: p.unit[0] == "embedding")
 
 
-def _head(work: Workload) -> Piece:
+def _head(work: Workload, _experts: int = 0) -> Piece:
     return _with_gradients(work, activations.head(work), lambda p: p.unit[0] == "head")
 
 
-def _attention(work: Workload) -> Piece:
+def _attention(work: Workload, _experts: int = 0) -> Piece:
     layer = 0
     return _with_gradients(
         work, activations.attention_half(work), lambda p: _half(p, layer, attention=True)
     )
 
 
-def _feed(moe: bool) -> Callable[[Workload], Piece]:
-    def make(work: Workload) -> Piece:
-        layer = _first(work, moe)
-        held = activations.moe_half(work) if moe else activations.dense_half(work)
-        return _with_gradients(work, held, lambda p: _half(p, layer, attention=False))
-
-    return make
+def _feed(work: Workload, experts: int) -> Piece:
+    model = work.model
+    layer = next(n for n in range(model.layers) if model.experts_of(n) == experts)
+    held = activations.moe_half(work, experts) if experts else activations.dense_half(work)
+    return _with_gradients(work, held, lambda p: _half(p, layer, attention=False))
 
 
-def _recomputed(moe: bool) -> Callable[[Workload], Piece]:
+def _block(work: Workload, experts: int) -> Piece:
     """A block that keeps its input alone; its forward pass runs again before its backward pass."""
-
-    def make(work: Workload) -> Piece:
-        first, second = _attention(work), _feed(moe)(work)
-        stream = work.own * work.model.width * work.whole
-        inside = first.held.kept + second.held.kept
-        held = Held(
-            kept=stream,
-            forward=stream + max(first.held.forward, second.held.forward),
-            backward=max(
-                inside + second.held.backward,
-                first.held.kept + first.held.backward + second.gradients,
-                first.held.kept + second.held.forward,
-            )
-            - stream,
+    first, second = _attention(work), _feed(work, experts)
+    stream = work.own * work.model.width * work.whole
+    inside = first.held.kept + second.held.kept
+    held = Held(
+        kept=stream,
+        forward=stream + max(first.held.forward, second.held.forward),
+        backward=max(
+            inside + second.held.backward,
+            first.held.kept + first.held.backward + second.gradients,
+            first.held.kept + second.held.forward,
         )
-        gradients = first.gradients + second.gradients
-        return Piece(held, gradients, max(first.largest, second.largest))
+        - stream,
+    )
+    gradients = first.gradients + second.gradients
+    return Piece(held, gradients, gradients, max(first.largest, second.largest))
 
-    return make
 
-
-_MAKERS: dict[str, Callable[[Workload], Piece]] = {
+_MAKERS: dict[str, Callable[[Workload, int], Piece]] = {
     "embedding": _embedding,
     "attention": _attention,
-    "dense": _feed(False),
-    "moe": _feed(True),
-    "block dense": _recomputed(False),
-    "block moe": _recomputed(True),
+    "feed forward": _feed,
+    "block": _block,
     "head": _head,
 }
-
-
-def _first(work: Workload, moe: bool) -> int:
-    return next(n for n in range(work.model.layers) if work.model.is_moe(n) == moe)
 
 
 def _half(parameter: Parameter, layer: int, attention: bool) -> bool:
@@ -162,4 +167,4 @@ def _half(parameter: Parameter, layer: int, attention: bool) -> bool:
 
 def _with_gradients(work: Workload, held: Held, mine: Callable[[Parameter], bool]) -> Piece:
     sizes = [prod(p.part(work.layout)) * work.whole for p in representatives(work.model) if mine(p)]
-    return Piece(held, sum(sizes), max(sizes, default=0))
+    return Piece(held, sum(sizes), sum(sizes), max(sizes, default=0))

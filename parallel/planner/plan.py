@@ -72,13 +72,17 @@ class Plan:
     def kinds(self) -> list[Kind]:
         """The distinct kinds of rank, by pipeline rank and what they store."""
         layout = self.work.layout
+        muon = self.work.optimizer == "muon"
         stored = owned(self.work)
-        rows = np.column_stack([np.arange(layout.world) // layout.stage_ranks, stored])
+        matrices = owned(self.work, of_muon=True).sum(1) * muon
+        pp_of_rank = np.arange(layout.world) // layout.stage_ranks
+        rows = np.column_stack([pp_of_rank, stored, matrices])
         distinct, kind_of = np.unique(rows, axis=0, return_inverse=True)
         sent = [total(self.links, found) for found in self.collectives]
         kinds = []
-        for number, (pp, dense, expert) in enumerate(distinct.tolist()):
+        for number, (pp, dense, expert, matrix) in enumerate(distinct.tolist()):
             parameters = (dense + expert) * self.work.whole
+            moments = (2 * (dense + expert) - matrix) * self.work.whole
             kinds.append(
                 Kind(
                     ranks=np.flatnonzero(kind_of.reshape(-1) == number),
@@ -87,7 +91,7 @@ class Plan:
                     dense=dense,
                     expert=expert,
                     memory=replace(
-                        self.by_pipeline_rank[pp], parameters=parameters, optimizer=2 * parameters
+                        self.by_pipeline_rank[pp], parameters=parameters, optimizer=moments
                     ),
                     sent=sent[pp],
                 )

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
 
 from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
 from coterie.parallel.config import TrainConfig
 from coterie.parallel.layout import LayoutConfig, Schedule
+from coterie.parallel.optimizer import OptimizerKind
 from coterie.parallel.planner.machine import Machine
 from coterie.parallel.planner.parameters import unit_sizes, units_of
 from coterie.parallel.planner.plan import Plan
@@ -46,6 +48,7 @@ def search(
     skew: float,
     allowed: Callable[[LayoutConfig], bool],
     best: int = 5,
+    optimizer: OptimizerKind = "adamw",
 ) -> Found:
     """Try every layout of ``world`` ranks. ``allowed``: says whether the rest of
     the run's config allows a layout that the model does.
@@ -57,7 +60,7 @@ def search(
     for parallel in layouts(model, world, machine.ranks_per_node):
         if broken_rule(parallel, world, model) is not None or not allowed(parallel):
             continue
-        work = workload_of(model, parallel, train, sequence, world, machine.device, skew)
+        work = workload_of(model, parallel, train, sequence, world, machine.device, skew, optimizer)
         possible += len(_RECOMPUTE)
         if _states(work) > machine.bytes:
             continue
@@ -73,10 +76,12 @@ def search(
 def _states(work: Workload) -> int:
     """Weights, gradients and moments of the pipeline rank with the most, without all else."""
     sizes = unit_sizes(work.model, work.layout)
-    return max(
-        4
-        * work.whole
-        * sum(sizes[u].sharded for s in work.layout.stages_of(pp) for u in units_of(work, s))
+    return work.whole * max(
+        sum(
+            2 * sizes[unit].sharded + sizes[unit].moments(work)
+            for stage in work.layout.stages_of(pp)
+            for unit in units_of(work, stage)
+        )
         for pp in range(work.layout.pp)
     )
 
@@ -85,8 +90,8 @@ def layouts(model: DecoderConfig, world: int, node: int) -> Iterator[LayoutConfi
     """Layouts worth a look: tp and etp inside a node, all other axes any divisor of the world."""
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     inside = [size for size in sizes if size <= node]
-    experts = model.moe.experts.count if model.moe else 1
-    eps = [size for size in sizes if experts % size == 0]
+    counts = (1,) if model.moe is None else model.expert_counts or (model.moe.experts.count,)
+    eps = [size for size in sizes if gcd(*counts) % size == 0]
     etps = inside if model.moe else [1]
     for tp, pp in product(inside, [s for s in sizes if s <= model.layers]):
         rest = world // (tp * pp) if world % (tp * pp) == 0 else 0

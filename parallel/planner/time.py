@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from coterie.parallel.layout import Layout
 from coterie.parallel.planner.flops import stage_flops
 from coterie.parallel.planner.machine import Machine
+from coterie.parallel.planner.muon import matrices, newton_schulz_flops
 from coterie.parallel.planner.parameters import unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces
 from coterie.parallel.planner.schedule import Action, Order, order
@@ -17,7 +18,8 @@ from coterie.parallel.planner.traffic import Collective, Links, Sent, collective
 from coterie.parallel.planner.workload import Workload
 
 _UPDATE = 13
-"""How often the update reads or writes each weight's worth: norm, clipping, AdamW, clearing."""
+"""How often the update reads or writes each weight's worth: norm, clipping, AdamW (or Muon's
+momentum), clearing."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def _update(work: Workload, machine: Machine, pp: int) -> float:
     sizes = unit_sizes(work.model, work.layout)
     units = [u for stage in work.layout.stages_of(pp) for u in units_of(work, stage)]
     elements = sum(sizes[unit].sharded for unit in units)
-    return _UPDATE * elements * work.whole / (machine.memory_bandwidth * 1e9)
+    products = sum(newton_schulz_flops(p, work) for p in matrices(work, pp))
+    rate = machine.peak[work.compute] * 1e12 * machine.efficiency
+    return _UPDATE * elements * work.whole / (machine.memory_bandwidth * 1e9) + products / rate
 
 
 def _model_flops(work: Workload) -> float:

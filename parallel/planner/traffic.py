@@ -5,6 +5,7 @@ a group in the order of its ranks, so of n ranks on m nodes m of n sends leave a
 sends to each rank its share.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,8 @@ import numpy as np
 
 from coterie.parallel.gradients import BUCKET
 from coterie.parallel.layout import Layout
-from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of
+from coterie.parallel.planner.muon import gatherings, matrices, muon_bytes
+from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of, uses
 from coterie.parallel.planner.workload import Workload
 
 Op = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
@@ -98,7 +100,20 @@ class Links:
 def collectives(work: Workload, pp: int) -> list[Collective]:
     """All that a rank of pipeline rank ``pp`` takes part in during a step, but for scalars."""
     found = [c for stage in work.layout.stages_of(pp) for c in _of_stage(work, stage)]
-    return [c for c in [*found, *summed_gradients(work, pp)] if c.volume and c.count]
+    found += [*summed_gradients(work, pp), *_updates(work, pp)]
+    return [c for c in found if c.volume and c.count]
+
+
+def _updates(work: Workload, pp: int) -> Iterator[Collective]:
+    """Muon's: the parts of each matrix that is split, gathered."""
+    found = Counter(
+        gathering
+        for parameter in matrices(work, pp)
+        for gathering in gatherings(parameter, work.layout)
+    )
+    for (axis, elements), count in found.items():
+        volume = elements * muon_bytes(work)
+        yield Collective("updates of matrices", axis, "all-gather", volume, "step", None, count)
 
 
 def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
@@ -160,9 +175,9 @@ def _fsdp(work: Workload, stage: int) -> Iterator[Collective]:
         units = [u for u in units_of(work, stage) if (u[0] == "experts") == ("expert" in axis)]
         if getattr(layout, axis) == 1 or not units:
             continue
-        whole = sum(sizes[u].whole for u in units) * work.whole
+        whole = sum(sizes[u].whole * uses(work.model, u) for u in units) * work.whole
         kept = 0 if piped else sum(sizes[u].whole for u in units if u[0] == "head") * work.whole
-        own = sum(sizes[u].sharded for u in units) * work.whole
+        own = sum(sizes[u].sharded * uses(work.model, u) for u in units) * work.whole
         name = "expert parameters" if "expert" in axis else "parameters"
         forward: When = "step" if piped else "fsdp forward"
         backward: When = "step" if piped else "fsdp backward"

@@ -10,6 +10,7 @@ from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
 from coterie.parallel.config import TrainConfig
 from coterie.parallel.layout import Layout, LayoutConfig
+from coterie.parallel.optimizer import OptimizerKind
 from coterie.parallel.precision import resolve
 from coterie.parallel.rules import blocks_of_stages, layout_of
 
@@ -39,6 +40,7 @@ class Workload:
     device: Device
     skew: float = 1.0
     """Rows that the busiest rank's experts receive over the even share."""
+    optimizer: OptimizerKind = "adamw"
 
     @property
     def whole(self) -> int:
@@ -101,6 +103,11 @@ class Workload:
         return self.model.attention.kv_heads or self.model.attention.heads
 
     @property
+    def gates(self) -> int:
+        """Gates of a token in attention, over all ranks."""
+        return self.model.attention.gate_width(self.head_width)
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding that the rank with most of them holds."""
         return -(-self.model.vocabulary // self.layout.tp)
@@ -124,6 +131,7 @@ def workload_of(
     world: int,
     device: Device = "cpu",
     skew: float = 1.0,
+    optimizer: OptimizerKind = "adamw",
 ) -> Workload:
     """What each of ``world`` ranks works on. Raises UserError when the layout is impossible."""
     layout = layout_of(parallel, world, model)
@@ -138,4 +146,5 @@ def workload_of(
         compute=cast(Compute, resolve(train.precision, torch.device(device))),
         device=device,
         skew=skew,
+        optimizer=optimizer,
     )

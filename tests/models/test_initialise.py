@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"moe": None, "dense_layers": []},
     "tied": {"tie_embeddings": True},
     "qk_norm": {"attention": {"heads": 4, "qk_norm": True}},
+    "gates": {"attention": {"heads": 4, "gate": "head"}},
 }
 
 
@@ -93,6 +94,7 @@ def test_standard_deviations() -> None:
     settings = config(
         width=64,
         vocabulary=500,
+        attention={"heads": 4, "kv_heads": 2, "gate": "element"},
         feed_forward={"hidden": 128},
         moe={"experts": {"count": 4, "hidden": 96}, "router": {"k": 2}, "shared": {"hidden": 80}},
     )
@@ -105,6 +107,7 @@ def test_standard_deviations() -> None:
         "blocks.0.attention.k.weight": 64**-0.5,
         "blocks.0.attention.v.weight": 64**-0.5,
         "blocks.0.attention.out.weight": 64**-0.5 / 3,
+        "blocks.0.attention.gate.weight": 64**-0.5,
         "blocks.0.feed_forward.w_in_PFD": 64**-0.5,
         "blocks.0.feed_forward.w_out_FD": 128**-0.5 / 3,
         "blocks.1.moe.experts.w_in_EPFD": 64**-0.5,

@@ -17,7 +17,7 @@ from tests.models.tiny_decoder import config
 SETTINGS: dict[str, Any] = {
     "width": 8,
     "vocabulary": 23,  # tp does not divide it
-    "attention": {"heads": 4, "kv_heads": 4, "qk_norm": True},
+    "attention": {"heads": 4, "kv_heads": 4, "qk_norm": True, "gate": "head"},
     "moe": {"experts": {"count": 4, "hidden": 12}, "shared": {"hidden": 8}, "shared_gate": True},
 }
 TP, EP, ETP = (1, 2, 4), (1, 2, 4), (1, 3)
@@ -61,12 +61,15 @@ def test_what_is_split_over_which_axis() -> None:
     block, experts = "blocks.1.attention", "blocks.1.moe.experts"
     assert split["embedding.weight"] == split["head.weight"] == [(0, "tp", 23)]
     assert split[f"{block}.q.weight"] == split[f"{block}.k.weight"] == [(0, "tp", 8)]
+    assert split[f"{block}.gate.weight"] == [(0, "tp", 4)]
     assert split[f"{block}.out.weight"] == [(1, "tp", 8)]
     assert split[f"{experts}.w_in_EPFD"] == [(0, "ep", 4), (2, "etp", 12)]
     assert split[f"{experts}.w_out_EFD"] == [(0, "ep", 4), (1, "etp", 12)]
     assert split["blocks.1.moe.shared.w_in_PFD"] == [(1, "tp", 8)]
     assert split["blocks.0.feed_forward.w_out_FD"] == [(0, "tp", 12)]
-    assert not [name for name in split if "norm" in name or "router" in name or "gate" in name]
+    assert not [
+        name for name in split if "norm" in name or "router" in name or "shared_gate" in name
+    ]
 
 
 def test_a_box_selects_and_is_cut() -> None:

@@ -96,7 +96,7 @@ def test_sliced_rows_go_to_every_slice_of_their_expert(
     assert torch.equal(cut.load_E, count(cut.expert_A, ep * each * slices))
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2", "reglu"])
 @pytest.mark.parametrize(("ep", "slices"), [(1, 2), (1, 3), (2, 3), (4, 2), (2, 1)])
 def test_experts_in_slices_give_the_same_output_and_gradients(
     ep: int, slices: int, activation: ActivationName

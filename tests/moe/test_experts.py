@@ -30,7 +30,7 @@ def _operands(
     load: list[int], activation: str, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x_AD, w_in_EHD, w_out_EFD, load_E, dy_AD."""
-    rows, experts, parts = sum(load), len(load), 2 if activation == "swiglu" else 1
+    rows, experts, parts = sum(load), len(load), 2 if activation in ("swiglu", "reglu") else 1
     return (
         randn(rows, D, seed=1).to(dtype),
         randn(experts, parts * FH, D, seed=2).to(dtype),

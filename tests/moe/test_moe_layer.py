@@ -15,16 +15,17 @@ from coterie.moe.tokens import TokenInfo
 from tests.moe.tiny import error, randn, randomise, tiny_layer
 
 T, D, E = 10, 6, 4
-ACTIVATIONS: tuple[ActivationName, ...] = ("swiglu", "gelu", "relu2")
+ACTIVATIONS: tuple[ActivationName, ...] = ("swiglu", "gelu", "relu2", "reglu")
 
 
 def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
     """One expert, with autograd's own derivatives; ``w_in`` is H × D."""
     h = x @ w_in.t()
-    if activation == "swiglu":
+    if activation in ("swiglu", "reglu"):
         half = h.shape[-1] // 2
         gate, up = h[..., :half], h[..., half:]
-        return (gate * torch.sigmoid(gate) * up) @ w_out
+        gate = gate * torch.sigmoid(gate) if activation == "swiglu" else F.relu(gate)
+        return (gate * up) @ w_out
     if activation == "gelu":
         return (h * 0.5 * (1 + torch.erf(h / 2**0.5))) @ w_out
     return F.relu(h) ** 2 @ w_out

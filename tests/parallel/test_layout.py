@@ -57,6 +57,7 @@ def test_the_groups_of_every_axis_partition_the_ranks(layout: Layout) -> None:
         "replicate": layout.replicate,
         "shard": layout.shard,
         "expert": layout.ep * layout.etp,
+        "etp": layout.etp,
         "expert_replicate": layout.expert_replicate,
         "expert_shard": layout.expert_shard,
     }
@@ -98,7 +99,7 @@ def test_a_rank_has_its_place_in_every_group(layout: Layout) -> None:
     }
     for rank in range(layout.world):
         axes, at = layout.axes(rank), layout.coordinates(rank)
-        for axis in ("tp", "cp", "expert", "sequence", "data"):
+        for axis in ("tp", "cp", "expert", "etp", "sequence", "data"):
             own = getattr(axes, axis)
             assert own.name == axis
             assert own.rank == position[axis][rank], axis

@@ -65,6 +65,12 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "tp is 4, but model.moe.shared.hidden 6 does",
         "tp 1 or 2",
     ),
+    "shared depth": (
+        {"pp": 2, "stages": (3, 5)},
+        {"shared_depth": 4, "dense_layers": []},
+        "a stage of the pipeline has blocks 0 to 2, but groups of model.shared_depth 4 blocks",
+        "stages null",
+    ),
     "vocabulary": (
         {"tp": 4},
         {"vocabulary": 5},
@@ -76,6 +82,12 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {"moe": {**MOE, "experts": {"count": 6, "hidden": 18}}},
         "ep is 4, but model.moe.experts.count 6 does not divide by it",
         "ep 2 or 3 or 6",
+    ),
+    "a layer's experts by ep": (
+        {"ep": 4},
+        {"layers": 3, "expert_counts": [4, 6]},
+        "ep is 4, but model.expert_counts: 6 does not divide by it",
+        "ep 1 or 2",
     ),
     "hidden by etp": (
         {"etp": 4},

@@ -141,6 +141,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"parallel": {"ep": 2}, "train": {**TREE["train"], "recompute": "full"}},
     ),
+    "shared depth": (1, {"model": {**TREE["model"], "dense_layers": [], "shared_depth": 2}}),
+    "pyramid": (1, {"model": {**TREE["model"], "expert_counts": [4, 8, 16]}}),
+    "muon": (1, {"optimizer": {"kind": "muon", "warmup": 1}}),
+    "tp 2, muon": (2, {"parallel": {"tp": 2}, "optimizer": {"kind": "muon", "warmup": 1}}),
     "vocabulary 8192": (1, {"model": {**TREE["model"], "vocabulary": 8192}}),
 }
 
@@ -151,7 +155,14 @@ def compared(name: str) -> list[tuple[int, int]]:
 
     world, sections = CASES[name]
     config = config_of(**sections)
-    work = workload_of(config.model, config.parallel, config.train, config.data.sequence, world)
+    work = workload_of(
+        config.model,
+        config.parallel,
+        config.train,
+        config.data.sequence,
+        world,
+        optimizer=config.optimizer.kind,
+    )
     seen = run_ranks(world, measured, world, config)
     layout = work.layout
     return [

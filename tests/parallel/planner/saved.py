@@ -71,7 +71,8 @@ def saved_by_part(config: DecoderConfig, compute: str, axes: Axes = Axes()) -> d
 
     def moe() -> Any:
         x = x_BSD + 1
-        output = second.moe(second.feed_forward_norm(x), info)
+        before = x if second.route_before_attention else None
+        output = second.moe(second.feed_forward_norm(x), info, before)
         return x + output.y, output
 
     found = {}

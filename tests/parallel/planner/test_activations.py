@@ -30,12 +30,27 @@ MODELS: dict[str, dict[str, Any]] = {
     "documents, normalised": {
         "attention": {"heads": 4, "kv_heads": 2, "within_documents": True, "qk_norm": True}
     },
+    "head gates": {"attention": {"heads": 4, "kv_heads": 2, "gate": "head"}},
+    "element gates": {"attention": {"heads": 4, "gate": "element"}},
     "gelu": {
         "feed_forward": {"hidden": 96, "activation": "gelu"},
         **moe(experts={"count": 8, "hidden": 48, "activation": "gelu"}),
     },
     "relu2": {"feed_forward": {"hidden": 96, "activation": "relu2"}},
+    "reglu": {
+        "feed_forward": {"hidden": 96, "activation": "reglu"},
+        **moe(experts={"count": 8, "hidden": 48, "activation": "reglu"}),
+    },
+    "routed before attention": moe(route_before_attention=True),
+    "routed before attention, noisy": moe(
+        route_before_attention=True, router={"k": 2, "jitter": 0.1}
+    ),
+    "routed before attention, gated": moe(
+        route_before_attention=True, shared={"hidden": 40}, shared_gate=True
+    ),
+    "routed before attention, shared": moe(route_before_attention=True, shared={"hidden": 40}),
     "shared": moe(shared={"hidden": 40}),
+    "mixed": moe(shared={"hidden": 40}, shared_mix=True),
     "gated": moe(shared={"hidden": 40}, shared_gate=True),
     "sigmoid": moe(router={"k": 3, "score": "sigmoid", "z_loss": 0.0}),
     "no losses": moe(router={"k": 2, "balance_loss": 0.0, "z_loss": 0.0, "renormalise": False}),
@@ -59,8 +74,12 @@ def work_of(config: DecoderConfig, compute: str, **layout: Any) -> Workload:
 
 
 def predicted(work: Workload) -> dict[str, int]:
-    halves = (activations.attention_half, activations.dense_half, activations.moe_half)
-    kept = {part: half(work).kept for part, half in zip(PARTS, halves, strict=True)}
+    halves = (
+        activations.attention_half(work),
+        activations.dense_half(work),
+        activations.moe_half(work, 8),
+    )
+    kept = {part: half.kept for part, half in zip(PARTS, halves, strict=True)}
     kept["attention"] += activations.rotations(work)  # one for all layers
     return kept
 
@@ -88,7 +107,7 @@ def test_kept_is_what_autograd_saves(name: str, compute: str) -> None:
 SPLIT = [
     ({axis: 2, **({} if axis in ("tp", "cp") else {"dp_replicate": 2})}, settings, compute)
     for axis in ("tp", "cp", "etp")
-    for settings in ({}, MODELS["documents, normalised"], MODELS["gated"])
+    for settings in ({}, MODELS["documents, normalised"], MODELS["gated"], MODELS["head gates"])
     for compute in ("fp64", "bf16")
 ]
 

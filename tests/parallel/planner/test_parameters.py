@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from coterie.models import Decoder
+from coterie.models import Decoder, DecoderConfig
 from coterie.parallel.layout import Layout
 from coterie.parallel.placement import places
 from coterie.parallel.planner.parameters import owned, parameters, unit_sizes, units_of
@@ -15,7 +15,7 @@ from tests.parallel.planner.saved import model_config
 CONFIG = model_config(
     vocabulary=277,
     layers=4,
-    attention={"heads": 4, "kv_heads": 2, "qk_norm": True},
+    attention={"heads": 4, "kv_heads": 2, "qk_norm": True, "gate": "head"},
     moe={
         "experts": {"count": 8, "hidden": 48},
         "router": {"k": 2},
@@ -23,6 +23,18 @@ CONFIG = model_config(
         "shared_gate": True,
     },
 )
+SHARED = CONFIG.model_copy(update={"shared_depth": 2, "dense_layers": (2, 3), "layers": 8})
+PYRAMID = model_config(
+    layers=4,
+    expert_counts=[4, 8, 16],
+    moe={
+        "experts": {"count": 8, "hidden": 48},
+        "router": {"k": 1},
+        "shared": {"hidden": 40},
+        "shared_mix": True,
+    },
+)
+CONFIGS = {"plain": CONFIG, "pyramid": PYRAMID, "shared depth": SHARED}
 LAYOUTS = [
     Layout(),
     Layout(tp=2, ep=2, etp=2, dp_replicate=4),
@@ -32,18 +44,20 @@ LAYOUTS = [
 ]
 
 
-def work_of(layout: Layout) -> Workload:
-    blocks = tuple(CONFIG.layers // layout.stages for _ in range(layout.stages))
-    return Workload(CONFIG, layout, blocks, 64, 2, 4, "none", "fp32", "cpu")
+def work_of(layout: Layout, config: DecoderConfig = CONFIG) -> Workload:
+    blocks = tuple(config.layers // layout.stages for _ in range(layout.stages))
+    return Workload(config, layout, blocks, 64, 2, 4, "none", "fp32", "cpu")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
-def test_every_rank_owns_what_its_model_would(layout: Layout) -> None:
-    work = work_of(layout)
+def test_every_rank_owns_what_its_model_would(layout: Layout, name: str) -> None:
+    config = CONFIGS[name]
+    work = work_of(layout, config)
     blocks = tuple(work.layers(stage) for stage in range(layout.stages))
     expected = []
     for rank in range(layout.world):
-        held = places(CONFIG, blocks, layout, rank).values()
+        held = places(config, blocks, layout, rank).values()
         expected.append(
             [sum(p.box.numel for p in held if p.expert == expert) for expert in (False, True)]
         )
@@ -51,8 +65,8 @@ def test_every_rank_owns_what_its_model_would(layout: Layout) -> None:
 
 
 def test_names_and_shapes_are_the_models() -> None:
-    for tied in (False, True):
-        config = CONFIG.model_copy(update={"tie_embeddings": tied})
+    tied = CONFIG.model_copy(update={"tie_embeddings": True})
+    for config in (*CONFIGS.values(), tied):
         with torch.device("meta"):
             model = Decoder(config)
         ours = {p.name: p.shape for p in parameters(config)}

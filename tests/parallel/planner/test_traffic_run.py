@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from coterie.comm import sequence
+from coterie.comm import parts, sequence
 from coterie.launch.assemble import build_model
 from coterie.launch.config import RunConfig
 from coterie.parallel.distributed import make_groups
@@ -26,6 +26,7 @@ SMALL = 20_000
 """Bytes: counts, norms and sums over a vocabulary are not planned."""
 WHOLE: dict[tuple[Any, str], tuple[str, int]] = {
     (sequence, "_all_gather"): ("all-gather", 0),
+    (parts, "_all_gather"): ("all-gather", 0),
     (sequence, "_reduce_scatter"): ("reduce-scatter", 1),
     (dist, "all_reduce"): ("all-reduce", 0),
     (dist, "all_to_all_single"): ("all-to-all", 0),
@@ -71,12 +72,26 @@ def sent_in_a_step(rank: int, world: int, config: RunConfig) -> dict[str, int]:
         ({"etp": 2}, "none"),
         ({"tp": 2, "ep": 2}, "full"),
         ({}, "none"),
+        ({"tp": 2, "ep": 2}, "none, muon"),
+        ({"etp": 2}, "none, muon"),
     ],
     ids=str,
 )
 def test_bytes_of_a_real_step(parallel: dict[str, int], recompute: str) -> None:
-    config = config_of(parallel=parallel, train={**TREE["train"], "recompute": recompute})
-    work = workload_of(config.model, config.parallel, config.train, config.data.sequence, 2)
+    recompute, *optimizer = recompute.split(", ")
+    config = config_of(
+        parallel=parallel,
+        train={**TREE["train"], "recompute": recompute},
+        optimizer={"kind": "muon"} if optimizer else {},
+    )
+    work = workload_of(
+        config.model,
+        config.parallel,
+        config.train,
+        config.data.sequence,
+        2,
+        optimizer=config.optimizer.kind,
+    )
     planned: Counter[str] = Counter()
     for collective in collectives(work, 0):
         size = collective.volume * collective.count
