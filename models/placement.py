@@ -54,5 +54,5 @@ def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
     experts = sum(
         p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters()
     )
-    share = config.moe.router.k / config.moe.experts.count
+    share = config.moe.router.rows_per_token / config.moe.experts.count
     return total, total - experts + int(experts * share)

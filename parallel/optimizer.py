@@ -55,8 +55,10 @@ class Optimizer:
     def __init__(self, model: ParallelModel, config: OptimizerConfig) -> None:
         self._model = model
         self.parameters: dict[str, nn.Parameter] = {}
-        """By global name; a shard without elements is left out."""
+        """By global name; frozen ones, and a shard without elements, are left out."""
         for name, parameter in model.named():
+            if not parameter.requires_grad:
+                continue
             own = parameter
             if isinstance(parameter, DTensor):
                 own = nn.Parameter(local(parameter.detach()))

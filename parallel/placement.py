@@ -24,6 +24,8 @@ class Place:
     """Whether tp splits it; if not, each rank of tp has a gradient from its own tokens."""
     owner: bool
     """The rank, of those that hold the same box, stands for all."""
+    frozen: bool = False
+    """It is not trained: no gradient, no optimizer state."""
 
 
 def places(
@@ -63,6 +65,7 @@ def places_of(decoder: Decoder, layout: Layout, rank: int) -> dict[str, Place]:
             expert=expert,
             tensor_parallel=split,
             owner=first and (expert or split or at.tp == 0),
+            frozen=not decoder.get_parameter(name).requires_grad,
         )
     return found
 

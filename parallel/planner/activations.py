@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 from coterie.moe.activations import ACTIVATIONS
 from coterie.moe.feed_forward import FeedForwardConfig
+from coterie.moe.routers.expert_choice import ExpertChoiceConfig
+from coterie.moe.routers.hash import HashConfig
+from coterie.moe.routers.modality import ModalityConfig
+from coterie.moe.routers.random_fixed import RandomFixedConfig
+from coterie.moe.routers.sinkhorn import SinkhornConfig
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.parallel.planner.workload import INT, Workload
 
 
@@ -181,12 +187,41 @@ def moe_half(work: Workload) -> Held:
 
 
 def router(work: Workload) -> int:
-    """What a top-k router keeps besides its input: scores, logits, choices and their places."""
+    """What the router keeps besides its input."""
     assert work.model.moe is not None
-    config, experts_ = work.model.moe.router, work.model.moe.experts.count
+    match work.model.moe.router:
+        case TopKConfig() as config:
+            return _top_k(work, config)
+        case RandomFixedConfig() as config:  # choices, their probabilities, and the order of rows
+            return work.own * config.k * (2 * INT + work.whole)
+        case HashConfig():  # constant weights have no gradient
+            return 0
+        case SinkhornConfig() as config:  # scores, choices, and the order of rows
+            return _scores(work) + work.own * config.k * 2 * INT
+        case ExpertChoiceConfig() | ModalityConfig() as config:
+            return _expert_choice(work, config.score)
+
+
+def _scores(work: Workload) -> int:
+    assert work.model.moe is not None
+    return work.own * work.model.moe.experts.count * work.whole
+
+
+def _expert_choice(work: Workload, score: str) -> int:
+    """Scores, and the experts that chose; with softmax also their logarithms and what was shut."""
+    kept = _scores(work) + work.sent // work.layout.etp * INT
+    if score == "softmax":
+        kept += _scores(work) + _scores(work) // work.whole
+    return kept
+
+
+def _top_k(work: Workload, config: TopKConfig) -> int:
+    """Scores, logits, choices and their places."""
+    assert work.model.moe is not None
+    experts_ = work.model.moe.experts.count
     tokens, whole = work.own, work.whole
     choices = tokens * config.k
-    scores = tokens * experts_ * whole
+    scores = _scores(work)
     kept = scores + choices * INT + choices * INT  # scores, experts chosen, order of rows
     if config.renormalise:
         kept += choices * whole + tokens * whole
