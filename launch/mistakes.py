@@ -40,7 +40,7 @@ def non_finite(value: Any, path: Path_ = ()) -> Iterator[Mistake]:
 
 def from_validation(error: ValidationError) -> list[Mistake]:
     """One for each error; a key that is missing because it is misspelt counts once."""
-    details = [
+    details: list[dict[str, Any]] = [
         {**detail, "loc": schema.keys_of(detail["loc"]), "tagged": detail["loc"]}
         for detail in error.errors(include_url=False)
     ]

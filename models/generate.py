@@ -37,8 +37,8 @@ def generate(
     The draws of a prompt are keyed by (seed, its number in ``numbers``, position), so splitting
     prompts over processes changes nothing. ``temperature`` 0 takes the most likely id; ``top_k``
     keeps the k most likely; ids from ``vocabulary`` up, which no data used, are never drawn.
-    ``modality``: that of token ids, where routers ask for it. With a model spread over ``group`` all
-    its ranks call; each may have prompts of its own, or none.
+    ``modality``: that of token ids, where routers ask for it. With a model spread over ``group``
+    all its ranks call; each may have prompts of its own, or none.
 
     Raises ValueError for a prompt without a token.
     """

@@ -1,7 +1,7 @@
 """What a router may know of each token besides its activation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,8 @@ class TokenInfo:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TokenInfo":
         """The same with ``change`` applied to each tensor."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenInfo(
-            **{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()}
-        )
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)

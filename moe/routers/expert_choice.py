@@ -1,7 +1,8 @@
 """Expert choice (arXiv 2202.09368): each expert takes the tokens that score highest with it.
 
-Every expert has the same number of rows, so nothing needs balancing; a token may have none or many.
-Which tokens are taken depends on all others, later ones too: the loss is not that of a causal model.
+Every expert has the same number of rows, so nothing needs balancing; a token may have none or
+many. Which tokens are taken depends on all others, later ones too: the loss is not that of a causal
+model.
 """
 
 from typing import Literal, Self

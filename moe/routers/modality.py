@@ -7,7 +7,6 @@ tokens keeps its parameters in the graph, and every rank takes part in every exc
 from fractions import Fraction
 from typing import Literal
 
-import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 

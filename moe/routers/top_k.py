@@ -208,9 +208,7 @@ class TopKRouter(Router):
         if self.training and (config.balance_loss or config.z_loss):
             load_total_E, tokens_total = global_counts(chosen_E, tokens, self.data.group)
             if config.balance_loss:
-                balance = switch_balance(
-                    prob_TE, load_total_E, tokens_total, expert_TK.shape[1]
-                )
+                balance = switch_balance(prob_TE, load_total_E, tokens_total, expert_TK.shape[1])
                 losses["balance"] = config.balance_loss * balance
             if config.z_loss:
                 losses["z"] = config.z_loss * z_loss(logits_TE, padding_T, tokens_total)

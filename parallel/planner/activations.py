@@ -169,13 +169,15 @@ def moe_half(work: Workload) -> Held:
     routing = router(work)
     rows = exchange(work)
     experts_ = experts(work)
-    kept = norm(work) + stream + routing + rows.kept + experts_.kept
+    # a router that learns keeps its input
+    learns = not isinstance(config.router, RandomFixedConfig | HashConfig)
+    kept = norm(work) + learns * stream + routing + rows.kept + experts_.kept
     forward = norm(work) + stream + routing + rows.forward + experts_.forward
     backward = stream + max(rows.backward + experts_.backward, 0)
     if config.shared is not None:
         shared = feed_forward(work, config.shared)
         # the input is the router's; only casting or gathering makes another
-        same = not work.autocast and work.layout.tp == 1
+        same = learns and not work.autocast and work.layout.tp == 1
         own = shared.kept - (tokens * width * work.half if same else 0)
         kept += own
         forward = max(forward, kept - own + shared.forward + 2 * stream)
@@ -192,9 +194,10 @@ def router(work: Workload) -> int:
     match work.model.moe.router:
         case TopKConfig() as config:
             return _top_k(work, config)
-        case RandomFixedConfig() as config:  # choices, their probabilities, and the order of rows
-            return work.own * config.k * (2 * INT + work.whole)
-        case HashConfig():  # constant weights have no gradient
+        case RandomFixedConfig() as config:
+            # logits; choices, their probabilities, and the order of rows
+            return _scores(work) + work.own * config.k * (2 * INT + work.whole)
+        case HashConfig():
             return 0
         case SinkhornConfig() as config:  # scores, choices, and the order of rows
             return _scores(work) + work.own * config.k * 2 * INT
@@ -231,6 +234,8 @@ def _top_k(work: Workload, config: TopKConfig) -> int:
         kept += tokens * whole
     if config.balance_loss:
         kept += experts_ * whole + INT
+    if config.sequence_loss:  # the sequence of each token; of each sequence, loads and its length
+        kept += tokens * INT + work.rows * (experts_ + 1) * whole + INT
     if config.jitter:
         kept += tokens * work.model.width * whole
     return kept
@@ -242,7 +247,9 @@ def exchange(work: Workload) -> Held:
     sent, received = work.sent * width * work.whole, work.held * width * work.whole
     returned = work.sent * width * work.half
     # permute: rows of each token; unpermute: rows, weights, tokens
-    kept = (2 * work.sent + work.own + 1) * INT + returned + work.sent * work.whole
+    kept = (2 * work.sent + work.own + 1) * INT + work.sent * work.whole
+    if work.model.moe is not None and not isinstance(work.model.moe.router, HashConfig):
+        kept += returned  # constant weights have no gradient
     remote = work.layout.ep * work.layout.etp > 1
     if remote:  # sorting by expert and back
         kept += 2 * (2 * work.held + 1) * INT

@@ -95,7 +95,7 @@ def test_a_k_that_cannot_be_is_refused() -> None:
 def test_the_gradient_goes_through_the_weights_to_the_input_alone() -> None:
     layer = tiny_layer(RandomFixedConfig(k=2))
     x_TD = randn(5, 6, seed=3).requires_grad_()
-    torch.autograd.gradcheck(lambda x: layer(x).y, (x_TD,))
+    torch.autograd.gradcheck(lambda x: layer(x).y, (x_TD,), fast_mode=True)
 
     layer(x_TD).y.sum().backward()
     assert layer.router.get_parameter("weight").grad is None

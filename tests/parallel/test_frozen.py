@@ -136,7 +136,9 @@ def test_numbers_of_one_process(
             said |= set(boxes_of_rank(config, layout_of(config.parallel, 4, config.model), rank))
         assert said == set(held)
         frozen = truths[router][2]
-        assert not [name for name in held for other in frozen if name.startswith(f"optimizer.{other}")]
+        assert not [
+            name for name in held for other in frozen if name.startswith(f"optimizer.{other}")
+        ]
 
 
 def test_the_random_router_stays_and_k_grows(alone: tuple[Path, dict[str, Found]]) -> None:
