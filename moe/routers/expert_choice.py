@@ -84,6 +84,8 @@ class ExpertChoiceRouter(Router):
         self.weight = nn.Parameter(torch.empty(len(groups), width))
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
+        if info.k is not None:
+            self.config.check_k(info.k, len(self.groups))
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD, info)
             open_TE = self._open(x_TD, info)

@@ -296,6 +296,8 @@ def test_mistakes_are_named() -> None:
         _config({"kind": "modality", "experts": [2, 3]}).check(4)
     with pytest.raises(ValueError, match="capacity_factor 5 exceeds the 4 experts"):
         _config({"capacity_factor": 5}).check(4)
+    with pytest.raises(ValueError, match="this router has no k"):
+        router(x_TD, TokenInfo(modality_T=torch.zeros(T), k=2))
     with pytest.raises(ValueError, match="noise needs score sigmoid"):
         _config({"noise": True})
 

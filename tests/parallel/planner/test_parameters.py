@@ -1,6 +1,7 @@
 """The plan's table of parameters is the model's, on every rank of every layout."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +51,20 @@ def test_every_rank_owns_what_its_model_would(layout: Layout) -> None:
     assert owned(work).tolist() == expected
 
 
-def test_names_and_shapes_are_the_models() -> None:
-    for tied in (False, True):
-        config = CONFIG.model_copy(update={"tie_embeddings": tied})
-        with torch.device("meta"):
-            model = Decoder(config)
-        ours = {p.name: p.shape for p in parameters(config)}
-        assert ours == {name: tuple(p.shape) for name, p in model.named_parameters()}
+ROUTERS = [{"k": 2}, {"k": 2, "bias_update": 0.1}, {"kind": "random_fixed"}, {"kind": "hash"}]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_and_shapes_are_the_models(tied: bool, router: dict[str, Any]) -> None:
+    moe = {"experts": {"count": 8, "hidden": 48}, "router": router, "shared": {"hidden": 40}}
+    config = model_config(layers=4, moe=moe, tie_embeddings=tied)
+    with torch.device("meta"):
+        model = Decoder(config)
+    ours = {p.name: (p.shape, p.frozen) for p in parameters(config)}
+    assert ours == {
+        name: (tuple(p.shape), not p.requires_grad) for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
