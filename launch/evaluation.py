@@ -60,6 +60,44 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
     return Loaded(model, train, held_out, checkpoint)
 
 
+def losses_by_k(
+    config: RunConfig, run_dir: Path, step: int | None, wanted: str
+) -> dict[int, dict[str, float]]:
+    """Held-out losses with other numbers of experts for each token; ``wanted``: ``1,2,4``.
+
+    Raises:
+        UserError: these are no numbers, or the router cannot take so many.
+    """
+    numbers = _numbers(wanted)
+    for k in numbers:
+        _check_k(config, k)
+    loaded = load_model(config, run_dir, step)
+    precision, settings = precision_of(config, loaded), config.evaluation
+    return {
+        k: held_out_loss(
+            loaded.model, loaded.held_out, precision, settings.batch, settings.sequences, k
+        )
+        for k in numbers
+    }
+
+
+def _numbers(wanted: str) -> list[int]:
+    try:
+        return [int(part) for part in wanted.split(",")]
+    except ValueError:
+        raise UserError(f"--k {wanted}: write whole numbers with commas, as in --k 1,2,4") from None
+
+
+def _check_k(config: RunConfig, k: int) -> None:
+    moe = config.model.moe
+    if moe is None:
+        raise UserError(f"--k {k}: the model has no experts (model.moe is null)")
+    try:
+        moe.router.check_k(k, moe.experts.count)
+    except ValueError as error:
+        raise UserError(f"--k {k}: {error}") from None
+
+
 def evaluate(config: RunConfig, run_dir: Path, step: int | None) -> dict[str, float]:
     """Held-out losses (nats per token); for the digits corpus also ``digits``: of ten captions, how
     many give an image that a classifier trained on real digits reads as what was asked for."""

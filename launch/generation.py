@@ -62,6 +62,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         vocabulary=vocabulary.size,
+        modality=vocabulary.modality,
         device=device,
     )
     results = []

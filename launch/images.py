@@ -53,6 +53,7 @@ def image_drawer(
             temperature=temperature,
             seed=seed,
             vocabulary=vocabulary.size,
+            modality=vocabulary.modality,
             device=ranks.device,
             group=ranks.everyone,
         )

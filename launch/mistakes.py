@@ -40,13 +40,17 @@ def non_finite(value: Any, path: Path_ = ()) -> Iterator[Mistake]:
 
 def from_validation(error: ValidationError) -> list[Mistake]:
     """One for each error; a key that is missing because it is misspelt counts once."""
-    found = [_mistake(detail) for detail in error.errors(include_url=False)]
+    details: list[dict[str, Any]] = [
+        {**detail, "loc": schema.keys_of(detail["loc"]), "tagged": detail["loc"]}
+        for detail in error.errors(include_url=False)
+    ]
+    found = [_mistake(detail) for detail in details]
     misspelt = {
-        (*found[n].path[:-1], close)
-        for n, detail in enumerate(error.errors(include_url=False))
-        if detail["type"] == "extra_forbidden" and (close := _closest(detail["loc"]))
+        (*detail["loc"][:-1], close)
+        for detail in details
+        if detail["type"] == "extra_forbidden" and (close := _closest(detail["tagged"]))
     }
-    missing = {d["loc"] for d in error.errors(include_url=False) if d["type"] == "missing"}
+    missing = {detail["loc"] for detail in details if detail["type"] == "missing"}
     return [m for m in found if not (m.path in misspelt and m.path in missing)]
 
 
@@ -79,15 +83,23 @@ def dotted(path: Path_) -> str:
 
 
 def _mistake(detail: Any) -> Mistake:
-    path, given, field = detail["loc"], detail["input"], schema.at(detail["loc"])
+    path, given, field = detail["loc"], detail["input"], schema.at(detail["tagged"])
     key = dotted(path) or "the config"
     match detail["type"]:
         case "extra_forbidden":
-            return Mistake(path, _unknown(path))
+            return Mistake(path, _unknown(path, detail["tagged"]))
         case "missing" if field is not None:
             about = field.get("description", "").split("\n")[0].rstrip(".")
             about = f" ({about})" if about else ""
             return Mistake(path, f"{key} is missing: give {schema.in_words(field)}{about}")
+        case "union_tag_invalid":
+            kinds = schema.kinds(field or {})
+            tag = detail["ctx"]["tag"]
+            return Mistake(
+                (*path, "kind"),
+                f"{key}.kind is {shown(tag)}, but must be {' or '.join(kinds)}"
+                f"{nearest(tag, kinds)}",
+            )
         case "value_error":
             return Mistake(path, f"{key + ': ' if path else ''}{detail['ctx']['error']}")
     accepted = detail["msg"][0].lower() + detail["msg"][1:] if field is None else ""
@@ -125,16 +137,16 @@ def _closest(path: Path_) -> str:
     return tail.split("'")[1] if tail else ""
 
 
-def _unknown(path: Path_) -> str:
+def _unknown(path: Path_, tagged: Path_) -> str:
     group, name = path[:-1], str(path[-1])
     start = f"there is no key {dotted(path)}"
-    if close := _closest(path):
+    if close := _closest(tagged):
         return f"{start}; did you mean '{dotted((*group, close))}'?"
     elsewhere = [key.name for key in schema.all_keys() if key.name.rpartition(".")[2] == name]
     if elsewhere:
         return f"{start}; did you mean {_either(elsewhere[:3])}?"
     holder = dotted(group) or "a config"
-    return f"{start}; {holder} accepts {', '.join(schema.member_names(group))}"
+    return f"{start}; {holder} accepts {', '.join(schema.member_names(tagged[:-1]))}"
 
 
 def _either(names: list[str]) -> str:

@@ -14,7 +14,7 @@ def boxes_of_rank(config: RunConfig, layout: Layout, rank: int) -> dict[str, Box
     boxes: dict[str, Box] = {}
     for name, place in places(config.model, blocks, layout, rank).items():
         boxes[f"model.{name}"] = place.box
-        if place.box.numel:  # the optimizer leaves out what is empty
+        if place.box.numel and not place.frozen:  # the optimizer leaves out what is empty
             moments = moments_of(config.optimizer, name, place.box.whole)
             if moments == ADAMW_MOMENTS:
                 boxes[f"optimizer.{name}.step"] = Box.all_of(())

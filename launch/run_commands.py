@@ -125,14 +125,31 @@ def resume(
 def evaluate(
     run_dir: RunDir,
     step: Step = None,
+    k: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts for each token: the loss at each of these, as in 1,2,4.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint on the held-out data: losses in nats per token."""
     from coterie.launch.check import saved_config
-    from coterie.launch.evaluation import evaluate
+    from coterie.launch.evaluation import evaluate, losses_by_k
     from coterie.launch.load_config import load_config
 
-    metrics = evaluate(load_config(saved_config(run_dir)), run_dir, step)
+    config = load_config(saved_config(run_dir))
+    if k is not None:
+        losses = losses_by_k(config, run_dir, step, k)
+        if as_json:
+            print(json.dumps(losses, indent=1))
+            return
+        for number, found in losses.items():
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            print(f"k {number:<4} {shown}")
+        return
+    metrics = evaluate(config, run_dir, step)
     if as_json:
         print(json.dumps(metrics, indent=1))
         return

@@ -31,14 +31,25 @@ def run_schema() -> Schema:
 
 
 def all_keys(schema: Schema | None = None, prefix: str = "") -> Iterator[Key]:
-    """Every setting below ``schema`` (default: the whole config), groups before their members."""
-    for group in groups(run_schema() if schema is None else schema):
+    """Every setting below ``schema`` (default: the whole config), groups before their members.
+
+    Where a group is of several kinds, a setting of one of them says so.
+    """
+    schema = run_schema() if schema is None else schema
+    several = kinds(schema)
+    if several:
+        described = _members(groups(schema)[0])["kind"]["description"]
+        yield Key(f"{prefix}kind", " or ".join(several), json.dumps(several[0]), described)
+    for group in groups(schema):
+        kind = f"`{_kind(group)}`: " if several else ""
         compulsory = group.get("required", ())
         for name, field in group["properties"].items():
+            if several and name == "kind":
+                continue
             default = None if name in compulsory else _default(field)
             described = field.get("description", _group_description(field)).replace("``", "`")
             description = " ".join(described.split())
-            yield Key(prefix + name, in_words(field), default, description)
+            yield Key(prefix + name, in_words(field), default, kind + description)
             yield from all_keys(field, f"{prefix}{name}.")
 
 
@@ -59,15 +70,39 @@ def at(path: tuple[str | int, ...]) -> Schema | None:
                 return None
             fixed = items.get("prefixItems", [])
             schema = fixed[part] if part < len(fixed) else items.get("items", {})
-        elif part not in schema.get("discriminator", {}).get("mapping", {}):
+        elif part in kinds(schema):
+            schema = next(group for group in groups(schema) if _kind(group) == part)
+        else:
             return None
     return schema
+
+
+def keys_of(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """``path`` without its parts that are no keys: the kinds of groups."""
+    kept: list[str | int] = []
+    for depth, part in enumerate(path):
+        parent = at(path[:depth])
+        if parent is None or part not in kinds(parent):
+            kept.append(part)
+    return tuple(kept)
+
+
+def kinds(schema: Schema) -> list[str]:
+    """Where a group may be of several kinds, their names, the default first; else none."""
+    found = groups(schema)
+    return [_kind(group) for group in found] if len(found) > 1 else []
+
+
+def _kind(group: Schema) -> str:
+    return str(_members(group)["kind"]["const"])
 
 
 def member_names(path: tuple[str | int, ...]) -> list[str]:
     """The keys of the group at ``path``; none when it is no group."""
     schema = at(path)
-    return [] if schema is None else [name for g in groups(schema) for name in _members(g)]
+    if schema is None:
+        return []
+    return list(dict.fromkeys(name for g in groups(schema) for name in _members(g)))
 
 
 def in_words(schema: Schema) -> str:

@@ -1,6 +1,6 @@
 """A decoder-only transformer whose feed-forward layers are dense or mixtures of experts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple, Self, cast
 
@@ -17,6 +17,7 @@ from coterie.models.attention import Attention, AttentionConfig
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
+from coterie.moe.routers.base import Router
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
 
@@ -247,6 +248,12 @@ class Decoder(nn.Module):
         """Give the output layer the embedding's weights, if it shares them."""
         if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """Those of the mixture-of-experts layers, each with its layer's number."""
+        for block in cast(Iterable[Block], self.blocks.values()):
+            if block.moe is not None:
+                yield block.layer, block.moe.router
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> DecoderOutput:
         """``x``: int64 token ids (B, S), S the positions of this context-parallel rank; for a part

@@ -27,6 +27,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     vocabulary: int | None = None,
+    modality: Callable[[Tensor], Tensor] | None = None,
     device: torch.device = CPU,
     group: ProcessGroup | None = None,
 ) -> list[Tensor]:
@@ -35,8 +36,9 @@ def generate(
 
     The draws of a prompt are keyed by (seed, its number in ``numbers``, position), so splitting
     prompts over processes changes nothing. ``temperature`` 0 takes the most likely id; ``top_k``
-    keeps the k most likely; ids from ``vocabulary`` up, which no data used, are never drawn. With a
-    model spread over ``group`` all its ranks call; each may have prompts of its own, or none.
+    keeps the k most likely; ids from ``vocabulary`` up, which no data used, are never drawn.
+    ``modality``: that of token ids, where routers ask for it. With a model spread over ``group``
+    all its ranks call; each may have prompts of its own, or none.
 
     Raises ValueError for a prompt without a token.
     """
@@ -55,6 +57,8 @@ def generate(
         seen_BS = tokens_BS[:, : info_length + new]
         position_S = torch.arange(seen_BS.shape[1], device=device)
         info = TokenInfo(
+            token_T=seen_BS.flatten(),
+            modality_T=None if modality is None else modality(seen_BS).flatten(),
             padding_T=(position_S >= length_B[:, None]).flatten(),
             sequence_T=row_B.repeat_interleave(seen_BS.shape[1]),
         )

@@ -11,7 +11,7 @@ from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.experts import Experts
 from coterie.moe.feed_forward import FeedForward
 from coterie.moe.layer import MoELayer
-from coterie.moe.routers.top_k import TopKRouter
+from coterie.moe.routers.base import Router
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
-    depth (GPT-2). Embedding, an output layer tied to it, and router: 0.02. Norm gains: 1. Each
-    expert is drawn by its global id.
+    depth (GPT-2). Embedding, an output layer tied to it, and router: 0.02; a router's bias: 0. Norm
+    gains: 1. Each expert is drawn by its global id.
     """
     damping = residual_branches**-0.5
     for prefix, module in model.named_modules():
@@ -38,8 +38,12 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
                 _draw(module, "out.weight", heads_width**-0.5 * damping, seed, prefix)
                 for name in ("q", "k", "v", "gate")[: 3 if module.gate is None else 4]:
                     _draw(module, f"{name}.weight", width**-0.5, seed, prefix)
-            case TopKRouter():
-                _draw(module, "weight", 0.02, seed, prefix)
+            case Router():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if name == "bias":
+                        parameter.zero_()
+                    else:
+                        _draw(module, name, 0.02, seed, prefix)
             case MoELayer():
                 if module.shared_gate_D is not None:
                     module.shared_gate_D.zero_()

@@ -56,7 +56,8 @@ def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
         return total, total
     experts = [(m, config.experts_of(number)) for number, m in _mixtures(model)]
     stored = {layer: sum(p.numel() for p in layer.parameters()) for layer, _ in experts}
-    used = sum(stored[layer] * config.moe.router.k // count for layer, count in experts)
+    rows = config.moe.router.rows_per_token
+    used = sum(int(stored[layer] * rows / count) for layer, count in experts)
     return total, total - sum(stored.values()) + used
 
 

@@ -14,7 +14,9 @@ from coterie.core.config import Config
 from coterie.moe.assignment import sliced
 from coterie.moe.experts import Experts, ExpertsConfig
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
-from coterie.moe.routers.top_k import TopKConfig, TopKRouter
+from coterie.moe.routers.base import Router
+from coterie.moe.routers.config import RouterConfig
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
 
@@ -24,7 +26,7 @@ class MoEConfig(Config):
 
     experts: ExpertsConfig
     """The routed experts."""
-    router: TopKConfig = TopKConfig()
+    router: RouterConfig = TopKConfig()
     """How tokens choose experts."""
     shared: FeedForwardConfig | None = None
     """Shared experts: one feed-forward layer that every token passes (n experts: n × hidden)."""
@@ -82,9 +84,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.axes = axes
         self.exchange: Exchange = exchange or exchange_over(axes.expert, config.max_rows_factor)
-        self.router = TopKRouter(
-            width, config.experts.count, config.router, axes.data, axes.sequence
-        )
+        self.router: Router = config.router.build(width, config.experts.count, axes)
         self.experts = Experts(width, config.experts, axes.ep, axes.etp, recompute)
         self.shared = (
             FeedForward(width, config.shared, axes.tp, recompute) if config.shared else None

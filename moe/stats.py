@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+from coterie.moe.assignment import Assignment
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,20 @@ class RoutingStats:
         return RoutingStats(
             **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         )
+
+
+def routing_stats(
+    assignment: Assignment, prob_TE: Tensor, padding_T: Tensor | None
+) -> RoutingStats:
+    """Of a router that drops nothing. ``prob_TE``: each token's probabilities, without gradient."""
+    if padding_T is not None:
+        prob_TE = prob_TE.masked_fill(padding_T[:, None], 0.0)
+        tokens = (~padding_T).sum()
+    else:
+        tokens = torch.full((), prob_TE.shape[0], dtype=torch.int64, device=prob_TE.device)
+    return RoutingStats(
+        load_E=assignment.load_E,
+        dropped_E=torch.zeros_like(assignment.load_E),
+        tokens=tokens,
+        entropy=torch.special.entr(prob_TE).sum(),
+    )

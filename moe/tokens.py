@@ -1,6 +1,8 @@
 """What a router may know of each token besides its activation."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +14,8 @@ class TokenInfo:
     (A side channel would be wrong under pipelining and recompute.)
     """
 
+    token_T: Tensor | None = None
+    """int64 id of each token in the vocabulary."""
     modality_T: Tensor | None = None
     """int64 modality id of each token."""
     padding_T: Tensor | None = None
@@ -25,3 +29,13 @@ class TokenInfo:
     key_T: Tensor | None = None
     """int64 random key of each token, from (seed, step, sample, position): the same in every
     layout and in a recompute. Absent: routing is without noise (evaluation)."""
+    k: int | None = None
+    """Experts for each token; None: as many as the router is configured for."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TokenInfo":
+        """The same with ``change`` applied to each tensor."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)

@@ -22,10 +22,12 @@ def evaluate(
     precision: Precision,
     batch: int,
     sequences: int | None = None,
+    k: int | None = None,
 ) -> dict[str, float]:
     """Nats per target token: ``loss``, ``loss/text``, ``loss/image`` (by the *target's* modality).
 
     ``batch``: sequences at once over all ranks; ``sequences``: at most so many, None: all of them.
+    ``k``: experts for each token, None: as many as the router is configured for.
     All ranks call and get the same. A modality without targets is left out.
     """
     was_training = model.training
@@ -37,7 +39,7 @@ def evaluate(
         if sequences is not None and number * batch >= sequences:
             break
         part = part.to(ranks.device)
-        logits_BSV = forward(model, part.tokens_BS, token_info(part, axes), precision)
+        logits_BSV = forward(model, part.tokens_BS, token_info(part, axes, k=k), precision)
         if logits_BSV is None:
             continue
         targets_BS = context_part(part.targets_BS, axes.cp)

@@ -11,6 +11,7 @@ from coterie.moe.tokens import TokenInfo
 from coterie.parallel.micro_batch import by_row, local_info
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision, autocast
+from coterie.parallel.sharding import release
 
 
 @torch.no_grad()
@@ -41,6 +42,7 @@ def forward(
         assert x is not None
         stage.job = job
         x = stage(x, torch.zeros(1, dtype=torch.int64))
+        release(stage)
         if number == layout.stages - 1:
             return x
         if layout.rank_of_stage(number + 1) != ranks.place.pp:
@@ -104,9 +106,11 @@ def _padded(info: TokenInfo, rows: int, length: int) -> TokenInfo:
     sequence_BS = torch.arange(rows)[:, None].expand(rows, length)
     device = info.padding_T.device if info.padding_T is not None else None
     return TokenInfo(
+        token_T=longer(info.token_T, 0),
         modality_T=longer(info.modality_T, 0),
         padding_T=longer(info.padding_T, True),
         sequence_T=sequence_BS.to(device).flatten(),
         position_T=position_BS.to(device).flatten(),
         document_T=longer(info.document_T, -1),
+        k=info.k,
     )

@@ -31,6 +31,8 @@ def sum_gradients(model: ParallelModel) -> None:
     """Make every gradient that of the global loss, in place. All ranks call."""
     by_axis: dict[str, list[Tensor]] = {}
     for name, parameter in model.named():
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:
             # every rank must bring the same tensors to the sum
             parameter.grad = torch.zeros_like(parameter)

@@ -1,7 +1,5 @@
 """From a data batch to what this rank's part of the model is given."""
 
-from dataclasses import fields
-
 from torch import Tensor
 
 from coterie.comm.axis import Axes
@@ -11,11 +9,13 @@ from coterie.data import Batch
 from coterie.moe.tokens import TokenInfo
 
 
-def token_info(batch: Batch, axes: Axes, seed: int | None = None) -> TokenInfo:
+def token_info(
+    batch: Batch, axes: Axes, seed: int | None = None, k: int | None = None
+) -> TokenInfo:
     """The facts of the tokens whose activations this rank holds, of the batch's B · S.
 
     With ``seed`` (training) they carry random keys, from the sample's number in the run and the
-    position: the same in every layout.
+    position: the same in every layout. ``k``: experts for each token, where the router is asked.
     """
     key_T = None
     position_BS = batch.sample_B.new_ones(batch.tokens_BS.shape).cumsum(1) - 1
@@ -25,12 +25,14 @@ def token_info(batch: Batch, axes: Axes, seed: int | None = None) -> TokenInfo:
     rows = batch.tokens_BS.shape[0]
     sequence_B = batch.sample_B.new_ones(rows).cumsum(0) - 1
     info = TokenInfo(
+        token_T=batch.tokens_BS.flatten(),
         modality_T=batch.modality_BS.flatten(),
         padding_T=batch.padding_BS.flatten(),
         sequence_T=sequence_B[:, None].expand_as(batch.tokens_BS).flatten(),
         position_T=position_BS.flatten(),
         document_T=batch.segment_BS.flatten(),
         key_T=key_T,
+        k=k,
     )
     return local_info(info, rows, axes)
 
@@ -43,9 +45,7 @@ def by_row(x_T: Tensor, rows: int) -> Tensor:
 def local_info(info: TokenInfo, rows: int, axes: Axes) -> TokenInfo:
     """Of facts about ``rows`` whole sequences, those of the tokens that this rank holds."""
 
-    def part(x_T: Tensor | None) -> Tensor | None:
-        if x_T is None:
-            return None
+    def part(x_T: Tensor) -> Tensor:
         return sequence_part(by_row(x_T, rows), axes.cp, axes.tp).flatten()
 
-    return TokenInfo(**{field.name: part(getattr(info, field.name)) for field in fields(info)})
+    return info.map(part)

@@ -78,9 +78,11 @@ class Optimizer:
 
     def __init__(self, model: ParallelModel, config: OptimizerConfig) -> None:
         self._model = model
-        self._own = {name: _own(parameter) for name, parameter in model.named()}
+        self._own = {
+            name: _own(parameter) for name, parameter in model.named() if parameter.requires_grad
+        }
         self.parameters = {name: own for name, own in self._own.items() if own.numel()}
-        """By global name; a shard without elements is left out."""
+        """By global name; frozen ones, and a shard without elements, are left out."""
         shapes = {name: model.places[name].box.whole for name in self._own}
         self.moment_names = {n: moments_of(config, n, shapes[n]) for n in self.parameters}
         self.muon: Muon | None = None

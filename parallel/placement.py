@@ -26,6 +26,8 @@ class Place:
     """The rank, of those that hold the same box, stands for all."""
     cuts: tuple[Cut, ...] = ()
     """How the box was cut out of the whole, in that order; axes by the layout's names."""
+    frozen: bool = False
+    """It is not trained: no gradient, no optimizer state."""
 
 
 def places(
@@ -67,6 +69,7 @@ def places_of(decoder: Decoder, layout: Layout, rank: int) -> dict[str, Place]:
             tensor_parallel=split,
             owner=first and (expert or split or at.tp == 0),
             cuts=(*cuts[name], shard) if shard else cuts[name],
+            frozen=not decoder.get_parameter(name).requires_grad,
         )
     return found
 

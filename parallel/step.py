@@ -13,6 +13,7 @@ from coterie.models import Decoder
 from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.finite import require_finite
+from coterie.parallel.frozen import update_frozen
 from coterie.parallel.gradients import clip, global_norm, sum_gradients
 from coterie.parallel.micro_batch import token_info
 from coterie.parallel.model import ParallelModel
@@ -61,6 +62,8 @@ class StepSettings:
     precision: Precision
     clip: float | None
     seed: int
+    k: int | None = None
+    """Experts for each token, where the router has a schedule."""
 
 
 def train_step(
@@ -99,6 +102,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     layers = totals.layers
+    update_frozen(model, {layer: seen.load for layer, seen in layers.items()})
     return StepReport(
         step=step,
         loss=loss,
@@ -174,7 +178,7 @@ class _TrainingJob:
 
     def __call__(self, decoder: Decoder, x: Tensor, micro: int) -> Tensor:
         batch = self.batches[micro]
-        info = token_info(batch, self.axes, self.settings.seed)
+        info = token_info(batch, self.axes, self.settings.seed, self.settings.k)
         with autocast(self.settings.precision, self.device):
             output = decoder(x, info)
         losses = {name: loss / len(self.batches) for name, loss in output.losses.items()}

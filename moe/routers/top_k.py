@@ -6,18 +6,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from coterie.comm.axis import Axis
-from coterie.core.config import Config
+from coterie.comm.axis import Axes, Axis
 from coterie.core.random import uniform
 from coterie.moe.assignment import Assignment, count, from_choices
-from coterie.moe.losses import global_counts, switch_balance, z_loss
-from coterie.moe.routers.base import Router, Routing
+from coterie.moe.losses import global_counts, sequence_balance, switch_balance, z_loss
+from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
 from coterie.moe.routers.capacity import within_shared_capacity
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
 
 
-class TopKConfig(Config):
+class TopKConfig(BaseRouterConfig):
     """Each token chooses the k experts with the highest scores."""
 
     kind: Literal["top_k"] = "top_k"
@@ -44,31 +43,56 @@ class TopKConfig(Config):
     """Coefficient of the router z-loss."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """In training, multiply the router's input by noise uniform in [1 - jitter, 1 + jitter)."""
+    bias_update: float | None = Field(default=None, ge=0)
+    """Choose by score + bias, weigh by score; after each step the bias of an expert with less than
+    the mean load grows by this, of one with more it falls (DeepSeek-V3: 0.001); null: no bias."""
+    sequence_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the balance loss inside each sequence (DeepSeek-V3: 0.0001)."""
 
     @model_validator(mode="after")
-    def _groups(self) -> "TopKConfig":
+    def _consistent(self) -> "TopKConfig":
         if self.top_groups > self.groups:
             raise ValueError(f"top_groups {self.top_groups} must be at most groups {self.groups}")
+        if self.bias_update and self.capacity_factor is not None and self.capacity_factor <= 1:
+            raise ValueError(
+                f"bias_update needs a capacity_factor above 1 or null, not {self.capacity_factor}: "
+                "with it no expert would ever be seen to have more than the mean"
+            )
         return self
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """The losses that the router returns in training."""
-        named = {"balance": self.balance_loss, "z": self.z_loss}
+        named = {
+            "balance": self.balance_loss,
+            "sequence": self.sequence_loss,
+            "z": self.z_loss,
+        }
         return tuple(name for name, coefficient in named.items() if coefficient)
 
+    @property
+    def rows_per_token(self) -> float:
+        return self.k
+
     def check(self, num_experts: int) -> None:
-        """Raise ``ValueError`` when ``num_experts`` experts cannot be routed like this."""
         if num_experts % self.groups:
             raise ValueError(f"{num_experts} experts do not divide into {self.groups} groups")
-        eligible = num_experts // self.groups * self.top_groups
-        if self.k > eligible:
-            raise ValueError(f"k {self.k} exceeds the {eligible} experts a token may choose from")
+        self.check_k(self.k, num_experts)
         if self.groups > 1 and num_experts // self.groups < 2:
             raise ValueError(
                 f"groups are ranked by their two best experts, but {num_experts} experts in "
                 f"{self.groups} groups leave one for each"
             )
+
+    def check_k(self, k: int, num_experts: int) -> None:
+        eligible = num_experts // self.groups * self.top_groups
+        if k > eligible:
+            raise ValueError(f"k {k} exceeds the {eligible} experts a token may choose from")
+        if k < 1:
+            raise ValueError(f"k {k} must be at least 1")
+
+    def build(self, width: int, num_experts: int, axes: Axes) -> Router:
+        return TopKRouter(width, num_experts, self, axes.data, axes.sequence)
 
 
 class TopKRouter(Router):
@@ -94,14 +118,20 @@ class TopKRouter(Router):
         self.sequence = sequence
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.bias: nn.Parameter | None = None
+        if config.bias_update is not None:
+            self.bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         config = self.config
+        k = config.k if info.k is None else info.k
+        config.check_k(k, self.num_experts)
         # autocast would round the logits to half precision, and near-ties would change experts
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD, info)
             score_TE = logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
-            expert_TK = self._eligible(score_TE.detach()).topk(config.k, dim=-1).indices
+            rank_TE = score_TE.detach() if self.bias is None else score_TE.detach() + self.bias
+            expert_TK = self._eligible(rank_TE).topk(k, dim=-1).indices
             weight_TK = score_TE.gather(1, expert_TK)
             if config.renormalise:
                 weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
@@ -125,7 +155,14 @@ class TopKRouter(Router):
             if config.capacity_factor is not None:
                 chosen = expert_TK.flatten() if chosen_TK is None else expert_TK[chosen_TK]
                 chosen_E = count(chosen, self.num_experts)
-            return self._with_losses(assignment, chosen_E, logits_TE, score_TE, info)
+            return self._with_losses(assignment, expert_TK, chosen_E, logits_TE, score_TE, info)
+
+    def updates(self, load_E: Tensor) -> dict[str, Tensor]:
+        """b += u · sign(mean load - load) (DeepSeek-V3, arXiv 2412.19437, §2.1.2)."""
+        if not self.config.bias_update:
+            return {}
+        load_E = load_E.double()
+        return {"bias": self.config.bias_update * (load_E.mean() - load_E).sign()}
 
     def _logits(self, x_TD: Tensor, info: TokenInfo) -> Tensor:
         x_TD = x_TD.to(self.weight.dtype)
@@ -151,6 +188,7 @@ class TopKRouter(Router):
     def _with_losses(
         self,
         assignment: Assignment,
+        expert_TK: Tensor,
         chosen_E: Tensor,
         logits_TE: Tensor,
         score_TE: Tensor,
@@ -170,10 +208,14 @@ class TopKRouter(Router):
         if self.training and (config.balance_loss or config.z_loss):
             load_total_E, tokens_total = global_counts(chosen_E, tokens, self.data.group)
             if config.balance_loss:
-                balance = switch_balance(prob_TE, load_total_E, tokens_total, config.k)
+                balance = switch_balance(prob_TE, load_total_E, tokens_total, expert_TK.shape[1])
                 losses["balance"] = config.balance_loss * balance
             if config.z_loss:
                 losses["z"] = config.z_loss * z_loss(logits_TE, padding_T, tokens_total)
+        if self.training and config.sequence_loss:
+            losses["sequence"] = config.sequence_loss * sequence_balance(
+                prob_TE, expert_TK, info.sequence_T, padding_T, self.sequence, self.data
+            )
         stats = RoutingStats(
             load_E=assignment.load_E,
             dropped_E=chosen_E - assignment.load_E,

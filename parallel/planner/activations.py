@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 from coterie.moe.activations import ACTIVATIONS
 from coterie.moe.feed_forward import FeedForwardConfig
+from coterie.moe.routers.expert_choice import ExpertChoiceConfig
+from coterie.moe.routers.hash import HashConfig
+from coterie.moe.routers.modality import ModalityConfig
+from coterie.moe.routers.random_fixed import RandomFixedConfig
+from coterie.moe.routers.sinkhorn import SinkhornConfig
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.parallel.planner.workload import INT, Workload
 
 
@@ -170,15 +176,18 @@ def moe_half(work: Workload, count: int) -> Held:
     routing = router(work, count)
     rows = exchange(work)
     experts_ = experts(work, count)
-    # the router's input, unless attention's half has kept it as it is
-    routed = 0 if config.route_before_attention and not config.router.jitter else stream
-    kept = norm(work) + routed + routing + rows.kept + experts_.kept
+    # a router that learns keeps its input, unless attention's half has kept it as it is
+    learns = not isinstance(config.router, RandomFixedConfig | HashConfig)
+    jitter = isinstance(config.router, TopKConfig) and config.router.jitter
+    routed = learns and not (config.route_before_attention and not jitter)
+    kept = norm(work) + routed * stream + routing + rows.kept + experts_.kept
     forward = norm(work) + stream + routing + rows.forward + experts_.forward
     backward = stream + max(rows.backward + experts_.backward, 0)
     if config.shared is not None:
         shared = feed_forward(work, config.shared)
         # the input is the router's; only casting or gathering makes another
-        same = not work.autocast and work.layout.tp == 1 and not config.route_before_attention
+        same = learns and not work.autocast and work.layout.tp == 1
+        same = same and not config.route_before_attention
         own = shared.kept - (tokens * width * work.half if same else 0)
         kept += own
         forward = max(forward, kept - own + shared.forward + 2 * stream)
@@ -194,12 +203,39 @@ def moe_half(work: Workload, count: int) -> Held:
 
 
 def router(work: Workload, experts_: int) -> int:
-    """What a top-k router keeps besides its input: scores, logits, choices and their places."""
+    """What the router keeps besides its input."""
     assert work.model.moe is not None
-    config = work.model.moe.router
+    match work.model.moe.router:
+        case TopKConfig() as config:
+            return _top_k(work, config, experts_)
+        case RandomFixedConfig() as config:
+            # logits; choices, their probabilities, and the order of rows
+            return _scores(work, experts_) + work.own * config.k * (2 * INT + work.whole)
+        case HashConfig():
+            return 0
+        case SinkhornConfig() as config:  # scores, choices, and the order of rows
+            return _scores(work, experts_) + work.own * config.k * 2 * INT
+        case ExpertChoiceConfig() | ModalityConfig() as config:
+            return _expert_choice(work, config.score, experts_)
+
+
+def _scores(work: Workload, experts_: int) -> int:
+    return work.own * experts_ * work.whole
+
+
+def _expert_choice(work: Workload, score: str, experts_: int) -> int:
+    """Scores, and the experts that chose; with softmax also their logarithms and what was shut."""
+    kept = _scores(work, experts_) + work.sent // work.layout.etp * INT
+    if score == "softmax":
+        kept += _scores(work, experts_) + _scores(work, experts_) // work.whole
+    return kept
+
+
+def _top_k(work: Workload, config: TopKConfig, experts_: int) -> int:
+    """Scores, logits, choices and their places."""
     tokens, whole = work.own, work.whole
     choices = tokens * config.k
-    scores = tokens * experts_ * whole
+    scores = _scores(work, experts_)
     kept = scores + choices * INT + choices * INT  # scores, experts chosen, order of rows
     if config.renormalise:
         kept += choices * whole + tokens * whole
@@ -209,6 +245,8 @@ def router(work: Workload, experts_: int) -> int:
         kept += tokens * whole
     if config.balance_loss:
         kept += experts_ * whole + INT
+    if config.sequence_loss:  # the sequence of each token; of each sequence, loads and its length
+        kept += tokens * INT + work.rows * (experts_ + 1) * whole + INT
     if config.jitter:
         kept += tokens * work.model.width * whole
     return kept
@@ -220,7 +258,9 @@ def exchange(work: Workload) -> Held:
     sent, received = work.sent * width * work.whole, work.held * width * work.whole
     returned = work.sent * width * work.half
     # permute: rows of each token; unpermute: rows, weights, tokens
-    kept = (2 * work.sent + work.own + 1) * INT + returned + work.sent * work.whole
+    kept = (2 * work.sent + work.own + 1) * INT + work.sent * work.whole
+    if work.model.moe is not None and not isinstance(work.model.moe.router, HashConfig):
+        kept += returned  # constant weights have no gradient
     remote = work.layout.ep * work.layout.etp > 1
     if remote:  # sorting by expert and back
         kept += 2 * (2 * work.held + 1) * INT

@@ -8,7 +8,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from coterie.comm.axis import Axes
 from coterie.models import DecoderConfig
 from coterie.moe.activations import ACTIVATIONS
 from coterie.parallel.layout import Layout
@@ -31,6 +33,8 @@ class Parameter:
     unit: Unit
     cuts: tuple[tuple[int, str], ...] = ()
     """(dimension, axis) of each split: ``tp``, ``ep`` or ``etp``."""
+    frozen: bool = False
+    """Without gradient and optimizer state."""
 
     @property
     def kind(self) -> Kind:
@@ -70,7 +74,8 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
             if config.first_like(layer) < layer and name not in _NORMS:
                 continue
             unit = ("experts" if in_experts else "block", layer)
-            yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts)
+            frozen = name in _frozen(config)
+            yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts, frozen)
     yield Parameter("norm.weight", (width,), ("head", 0))
     if not config.tie_embeddings:
         yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
@@ -104,7 +109,8 @@ def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
     moe = config.moe_of(layer)
     experts, shared = moe.experts, moe.shared
     parts = ACTIVATIONS[experts.activation].parts
-    yield "moe.router.weight", (experts.count, width), (), False
+    for name, parameter in _router(config).items():
+        yield name, tuple(parameter.shape), (), False
     shape = (experts.count, parts, experts.hidden, width)
     yield "moe.experts.w_in_EPFD", shape, ((0, "ep"), (2, "etp")), True
     shape_out = (experts.count, experts.hidden, width)
@@ -117,6 +123,20 @@ def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
         yield "moe.shared_mix.bias", (2,), (), False
     if moe.shared_gate:
         yield "moe.shared_gate_D", (width,), (), False
+
+
+@cache
+def _router(config: DecoderConfig) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a layer's router, by their names in a block; without storage."""
+    if config.moe is None:
+        return {}
+    with torch.device("meta"):
+        router = config.moe.router.build(config.width, config.moe.experts.count, Axes())
+    return {f"moe.router.{name}": parameter for name, parameter in router.named_parameters()}
+
+
+def _frozen(config: DecoderConfig) -> set[str]:
+    return {name for name, parameter in _router(config).items() if not parameter.requires_grad}
 
 
 def _feed_forward(name: str, width: int, hidden: int, parts: int) -> Iterator[_Entry]:

@@ -214,7 +214,7 @@ def _summed(work: Workload, pp: int) -> dict[str, list[int]]:
     sums: dict[str, list[int]] = {}
     mine = {unit for stage in layout.stages_of(pp) for unit in units_of(work, stage)}
     for parameter in parameters(work.model):
-        if parameter.unit not in mine:
+        if parameter.unit not in mine or parameter.frozen:
             continue
         axis = _summed_over(parameter.kind == "expert", bool(parameter.cuts), layout)
         if axis is not None:

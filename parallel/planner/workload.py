@@ -70,7 +70,7 @@ class Workload:
     @property
     def sent(self) -> int:
         """A: rows that it sends to experts in one layer, one for each slice of each expert."""
-        return self.own * self.choices * self.layout.etp
+        return round(self.own * self.choices) * self.layout.etp
 
     @property
     def received(self) -> int:
@@ -87,9 +87,9 @@ class Workload:
         return self.sent if bounded else self.received
 
     @property
-    def choices(self) -> int:
-        """K: experts of a token."""
-        return self.model.moe.router.k if self.model.moe else 0
+    def choices(self) -> float:
+        """K: experts of a token, on average."""
+        return self.model.moe.router.rows_per_token if self.model.moe else 0
 
     @property
     def head_width(self) -> int:

@@ -88,6 +88,31 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe.router.score=softmx"],
         ["model.moe.router.score is 'softmx'", "softmax or sigmoid", "did you mean 'softmax'"],
     ),
+    "an unknown kind of router": (
+        ["model.moe.router.kind=top_g"],
+        ["model.moe.router.kind is 'top_g'", "top_k or random_fixed or", "did you mean 'top_k'"],
+    ),
+    "a number for a kind of router": (
+        ["model.moe.router.kind=3"],
+        ["model.moe.router.kind is '3'", "top_k or random_fixed or"],
+    ),
+    "a number for a router": (["model.moe.router=3"], ["model.moe.router is 3", "a group of keys"]),
+    "a wrong value in a kind of router": (
+        ["model.moe.router={kind: random_fixed, first_k: 0}"],
+        ["model.moe.router.first_k is 0", "a whole number ≥ 1"],
+    ),
+    "a misspelt key in a kind of router": (
+        ["model.moe.router={kind: random_fixed, frist_k: 1}"],
+        ["no key model.moe.router.frist_k", "did you mean 'model.moe.router.first_k'"],
+    ),
+    "a key of another kind of router": (
+        ["model.moe.router.kind=random_fixed", "model.moe.router.z_loss=0"],
+        ["no key model.moe.router.z_loss"],
+    ),
+    "a k that shrinks": (
+        ["model.moe.router={kind: random_fixed, first_k: 3, k: 2}"],
+        ["model.moe.router: ", "first_k 3 must be at most k 2"],
+    ),
     "a number for a group": (["train=5"], ["train is 5", "a group of keys"]),
     "a group for a number": (["train.steps={a: 1}"], ["train.steps is a group of keys"]),
     "a list too long": (["optimizer.betas=[1,2,3]"], ["optimizer.betas", "a list of 2 values"]),
@@ -262,6 +287,14 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "resume on a wrong world": (["resume", "runs/done", "--nproc", "3"], ["global_batch is 8"]),
     "evaluate what is not": (["evaluate", "nowhere"], ["nowhere: there is no such run"]),
     "evaluate without checkpoint": (["evaluate", "runs/done"], ["runs/done", "no checkpoint"]),
+    "evaluate at no number": (
+        ["evaluate", "runs/done", "--k", "1,two"],
+        ["--k 1,two", "whole numbers", "1,2,4"],
+    ),
+    "evaluate at more experts than there are": (
+        ["evaluate", "runs/done", "--k", "2,9"],
+        ["--k 9", "k 9 exceeds the 4"],
+    ),
     "generate without prompt": (["generate", "runs/done"], ["--prompt"]),
     "generate from an empty prompt": (
         ["generate", "runs/done", "--prompt", ""],

@@ -57,7 +57,13 @@ def saved_by_part(config: DecoderConfig, compute: str, axes: Axes = Axes()) -> d
     own = SEQUENCE // (axes.tp.size * axes.cp.size)
     x_BSD = torch.randn(ROWS, own, config.width, dtype=dtype, requires_grad=True)
     tokens = torch.arange(ROWS * own)
-    info = TokenInfo(key_T=tokens, sequence_T=tokens // own, document_T=torch.zeros_like(tokens))
+    info = TokenInfo(
+        token_T=tokens,
+        modality_T=tokens % 2,
+        key_T=tokens,
+        sequence_T=tokens // own,
+        document_T=torch.zeros_like(tokens),
+    )
     documents_BS = torch.zeros(ROWS, SEQUENCE, dtype=torch.int64)
     first, second = model.blocks["0"], model.blocks["1"]
 

@@ -55,6 +55,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "sigmoid": moe(router={"k": 3, "score": "sigmoid", "z_loss": 0.0}),
     "no losses": moe(router={"k": 2, "balance_loss": 0.0, "z_loss": 0.0, "renormalise": False}),
     "noisy": moe(router={"k": 2, "jitter": 0.1}),
+    "bias": moe(router={"k": 2, "bias_update": 0.1}),
+    "sequence loss": moe(router={"k": 2, "sequence_loss": 0.1}),
+    "random": moe(router={"kind": "random_fixed", "k": 3, "scale": 2.0}),
+    "hash": moe(router={"kind": "hash", "k": 2}),
+    "sinkhorn": moe(router={"kind": "sinkhorn", "k": 2}),
+    "expert choice": moe(router={"kind": "expert_choice", "capacity_factor": 2.0}),
+    "modality": moe(router={"kind": "modality", "experts": [4, 4]}),
     "groups": moe(router={"k": 2, "groups": 4, "top_groups": 2}),
 }
 

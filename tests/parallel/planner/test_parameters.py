@@ -1,6 +1,7 @@
 """The plan's table of parameters is the model's, on every rank of every layout."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ LAYOUTS = [
 ]
 
 
+ROUTERS = [{"k": 2}, {"k": 2, "bias_update": 0.1}, {"kind": "random_fixed"}, {"kind": "hash"}]
+
+
+def routed(router: dict[str, Any]) -> DecoderConfig:
+    moe = {"experts": {"count": 8, "hidden": 48}, "router": router, "shared": {"hidden": 40}}
+    return model_config(layers=4, moe=moe)
+
+
 def work_of(layout: Layout, config: DecoderConfig = CONFIG) -> Workload:
     blocks = tuple(config.layers // layout.stages for _ in range(layout.stages))
     return Workload(config, layout, blocks, 64, 2, 4, "none", "fp32", "cpu")
@@ -66,11 +75,13 @@ def test_every_rank_owns_what_its_model_would(layout: Layout, name: str) -> None
 
 def test_names_and_shapes_are_the_models() -> None:
     tied = CONFIG.model_copy(update={"tie_embeddings": True})
-    for config in (*CONFIGS.values(), tied):
+    for config in (*CONFIGS.values(), tied, *map(routed, ROUTERS)):
         with torch.device("meta"):
             model = Decoder(config)
-        ours = {p.name: p.shape for p in parameters(config)}
-        assert ours == {name: tuple(p.shape) for name, p in model.named_parameters()}
+        ours = {p.name: (p.shape, p.frozen) for p in parameters(config)}
+        assert ours == {
+            name: (tuple(p.shape), not p.requires_grad) for name, p in model.named_parameters()
+        }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
