@@ -11,6 +11,7 @@ from coterie.moe.tokens import TokenInfo
 from coterie.parallel.micro_batch import by_row, local_info
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision, autocast
+from coterie.parallel.sharding import release
 
 
 @torch.no_grad()
@@ -41,6 +42,7 @@ def forward(
         assert x is not None
         stage.job = job
         x = stage(x, torch.zeros(1, dtype=torch.int64))
+        release(stage)
         if number == layout.stages - 1:
             return x
         if layout.rank_of_stage(number + 1) != ranks.place.pp:

@@ -18,6 +18,13 @@ from coterie.parallel.distributed import Ranks
 from coterie.parallel.placement import shard_dim
 
 
+def release(stage: nn.Module) -> None:
+    """Give back what a forward pass without a backward pass has left gathered."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shard(stage: nn.Module, decoder: Decoder, ranks: Ranks) -> None:
     """Shard the parameters of ``decoder``, in place; ``stage`` is the module around it that is
     called. Groups of parameters that are gathered together: each block without its experts, these,
