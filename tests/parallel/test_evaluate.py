@@ -73,7 +73,11 @@ def evaluated(
 ) -> list[Any]:
     model = sharp_model(data, ranks, **axes)
     held_out = held_out_of(tiny_config(data))
-    return [evaluate(model, held_out, "fp64", batch, limit) for batch, limit in cases]
+    found = [evaluate(model, held_out, "fp64", batch, limit) for batch, limit in cases]
+    for name, parameter in model.named():
+        part = model.part(name, parameter)  # of a shard that was left gathered, too large
+        assert part.tensor.shape == part.box.shape
+    return found
 
 
 LAYOUTS: list[dict[str, Any]] = [{}, {"ep": 2}, {"cp": 2}, {"pp": 2}, {"dp_shard": 2}]
