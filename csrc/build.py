@@ -134,7 +134,15 @@ def cpu_command(source: Path, output: Path, torch: Torch) -> list[str]:
     units = [str(source / name) for name in SOURCES if name.endswith(".cpp")]
     return [
         *find_compiler(),
-        *["-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"],
+        *[
+            "-O3",
+            "-std=c++20",
+            "-fPIC",
+            "-shared",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-fno-trapping-math",
+        ],
         *[_TARGET, "-isystem", f"{torch.path}/include", *units],
         *["-o", str(output), f"-L{torch.path}/lib", "-ltorch", "-ltorch_cpu", "-lc10"],
     ]
