@@ -38,7 +38,7 @@ def mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def mm_into(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor, add: bool = False) -> None:
-    """Write ``a @ b`` to ``total_MN``, or add it."""
+    """Write ``a @ b`` to ``total_MN``, or add it; with no inner elements the product is zero."""
     if _by_onednn(a_MK) or total_MN.dtype != a_MK.dtype:
         product_MN = mm(a_MK, b_KN)
         total_MN.add_(product_MN) if add else total_MN.copy_(product_MN)

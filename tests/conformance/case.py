@@ -177,6 +177,14 @@ def plain_run(config: RunConfig) -> list[Result]:
     return results
 
 
+def write_truth(config: RunConfig, file: Path) -> None:
+    """Keep the plain run of ``config`` in ``file``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    torch.save(plain_run(config), file)
+    torch.set_num_threads(threads)
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in model.named_parameters()}
     return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from tests.conformance.case import Result, plain_run
+from tests.conformance.case import Result, write_truth
 from tests.conformance.worker import Job, Report, loaded, serve, truth_file
 from tests.distributed import RankFailure, Ranks
 
@@ -99,10 +99,7 @@ class Crew:
         """The plain run that ``job`` is compared with."""
         file = truth_file(self._truths, job)
         if not file.exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # the tensors are tiny
-            torch.save(plain_run(job.config(self.data)), file)
-            torch.set_num_threads(threads)
+            write_truth(job.config(self.data), file)
         return loaded(file)
 
     def _start(self, world: int) -> None:

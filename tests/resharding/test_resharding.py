@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.conformance.case import plain_run
+from tests.conformance.case import write_truth
 from tests.conformance.crew import TOLERANCE
 from tests.distributed import run_ranks
 from tests.resharding.runs import LAYOUTS, MUTATIONS, longer, resharded, wrongly_loaded
@@ -18,10 +17,7 @@ Errors = dict[str, dict[str, float]]
 def truth(data: Path, truths: Path) -> Path:
     """The unbroken run of one plain process."""
     file = truths / "longer.pt"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
-    torch.save(plain_run(longer(data, {})), file)
-    torch.set_num_threads(threads)
+    write_truth(longer(data, {}), file)
     return file
 
 
