@@ -132,22 +132,26 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --k: draw the losses too, as PNG, SVG or PDF.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint on the held-out data: losses in nats per token."""
+    if plot is not None and k is None:
+        raise UserError("--plot draws losses by the number of experts: it needs --k, as in 1,2,4")
     from coterie.launch.check import saved_config
     from coterie.launch.evaluation import evaluate, losses_by_k
     from coterie.launch.load_config import load_config
 
     config = load_config(saved_config(run_dir))
     if k is not None:
-        losses = losses_by_k(config, run_dir, step, k)
-        if as_json:
-            print(json.dumps(losses, indent=1))
-            return
-        for number, found in losses.items():
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-            print(f"k {number:<4} {shown}")
+        _evaluate_by_k(losses_by_k(config, run_dir, step, k), plot, as_json)
         return
     metrics = evaluate(config, run_dir, step)
     if as_json:
@@ -157,6 +161,14 @@ def evaluate(
         print(
             f"{name:<12} {value:.0f} of 10 read" if name == "digits" else f"{name:<12} {value:.4f}"
         )
+
+
+def _evaluate_by_k(losses: dict[int, dict[str, float]], plot: Path | None, as_json: bool) -> None:
+    from coterie.launch.loss_figure import draw_losses, loss_lines
+
+    print(json.dumps(losses, indent=1) if as_json else "\n".join(loss_lines(losses)))
+    if plot is not None:
+        draw_losses(losses, plot)
 
 
 def generate(

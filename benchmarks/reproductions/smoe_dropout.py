@@ -123,9 +123,7 @@ def page(found: Losses) -> str:
     head = " | ".join(f"k {k}" for k in NUMBERS)
     return f"""# SMoE-Dropout: held-out loss against the number of experts
 
-```sh
-python benchmarks/reproductions/smoe_dropout.py --seeds {count}
-```
+`python benchmarks/reproductions/smoe_dropout.py --seeds {count}`
 
 `benchmarks/reproductions/smoe_dropout.yaml`: 4 layers of width 128, each with 16 experts of 64
 (GELU), on the built-in corpus. Nats per token on held-out data: the mean over {count} seeds, and in

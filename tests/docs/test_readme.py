@@ -26,6 +26,7 @@ SHOWN = (
     "docs/parallelism.md",
     "docs/plan.md",
     "docs/quickstart.md",
+    "docs/smoe_dropout.md",
 )
 RANKS = 2
 TORCHRUN = f"# torchrun --standalone --nproc-per-node {RANKS}\n"

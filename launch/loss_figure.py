@@ -1,0 +1,49 @@
+"""Held-out loss against the number of experts for each token, as bars of text and as a picture."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from coterie.core.errors import UserError
+
+_WIDTH = 30  # characters of the longest bar
+
+
+def loss_lines(losses: dict[int, dict[str, float]]) -> list[str]:
+    """A line for each k: its losses, and a bar for what it is above the lowest, the longest for the
+    highest."""
+    totals = [found["loss"] for found in losses.values()]
+    low, span = min(totals), max(totals) - min(totals)
+    lines = []
+    for k, found in losses.items():
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+        bar = round(_WIDTH * (found["loss"] - low) / span) if span else 0
+        lines.append(f"k {k:<4} {shown}  {'█' * bar}".rstrip())
+    return lines
+
+
+def draw_losses(losses: dict[int, dict[str, float]], path: Path) -> None:
+    """Draw the losses by k into ``path``, a PNG, SVG or PDF file by its ending.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(
+        xlabel="experts for each token", ylabel="held-out loss, nats per token"
+    )
+    numbers = sorted(losses)
+    for name in losses[numbers[0]]:
+        axes.plot(numbers, [losses[k][name] for k in numbers], "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [str(k) for k in numbers])
+    axes.minorticks_off()
+    axes.legend()
+    try:
+        canvas.figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except ValueError as error:  # the ending is of no known format
+        raise UserError(f"--plot {path}: {error}") from None
