@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -34,12 +35,17 @@ def coterie(*arguments: str) -> str:
     return done.stdout
 
 
-def train(config: Path, folder: Path, overrides: Sequence[str]) -> None:
+def train(config: Path, folder: Path, overrides: Sequence[str], *options: str) -> None:
     """Train ``config`` into ``folder``, or go on where it was interrupted."""
     if (folder / "config.yaml").exists():
         coterie("resume", str(folder), *overrides)
     else:
-        coterie("train", str(config), *overrides, "--run-dir", str(folder))
+        coterie("train", str(config), *overrides, "--run-dir", str(folder), *options)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean (range)."""
+    return f"{statistics.mean(values):.4f} ({max(values) - min(values):.4f})"
 
 
 def each(what: str, jobs: dict[str, Callable[[], Any]], at_once: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.layer import machine
-from benchmarks.reproductions.runs import RESULTS, ROOT, coterie, each, stored, train
+from benchmarks.reproductions.runs import RESULTS, ROOT, coterie, each, spread, stored, train
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 RUNS = ROOT / "runs" / "reproductions" / "smoe_dropout"
@@ -157,11 +157,6 @@ def row(method: str, seeds: list[dict[str, float]]) -> str:
         return f"| {method} | " + " | " * (len(NUMBERS) - 1) + f"{spread([s[''] for s in seeds])} |"
     cells = [spread([seed[str(k)] for seed in seeds]) for k in NUMBERS]
     return f"| {method} | " + " | ".join(cells) + " |"
-
-
-def spread(values: list[float]) -> str:
-    """Mean (range)."""
-    return f"{statistics.mean(values):.4f} ({max(values) - min(values):.4f})"
 
 
 if __name__ == "__main__":
