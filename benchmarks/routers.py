@@ -1,11 +1,12 @@
 """What routers cost: from activations to an assignment, each beside the plain top-k router.
 
-    python benchmarks/routers.py [--rounds 15] [--threads N] [--json benchmarks/results/routers.json]
+    python benchmarks/routers.py [--rounds 15] [--json benchmarks/results/routers.json]
 
 16,384 tokens of width 1024, 64 experts, 6 for each token, fp32, in training. Top-k and each
 other router take turns (A B A B …) on the same fresh inputs; printed are medians and, within
 each pair, how many times as long the other one took. The product with the router's weight is
-part of it; what the experts then do is not.
+part of it; what the experts then do is not. One thread, and seconds of its own: those that other
+programs take do not count.
 """
 
 import argparse
@@ -82,16 +83,16 @@ def seconds(router: Router, x_TD: torch.Tensor, info: TokenInfo) -> tuple[float,
     """Of the forward pass, and of both passes: gradients of input and weights."""
     x_TD = x_TD.detach().requires_grad_()
     router.zero_grad(set_to_none=True)
-    start = time.perf_counter()
+    start = time.process_time()
     routing = router(x_TD, info)
-    forward = time.perf_counter() - start
+    forward = time.process_time() - start
     outputs = [routing.assignment.weight_A, *routing.losses.values()]
     outputs = [output for output in outputs if output.requires_grad]
     gradients = [torch.ones_like(output) for output in outputs]
-    start = time.perf_counter()
+    start = time.process_time()
     if outputs:  # a hash has no gradient
         torch.autograd.backward(outputs, gradients)
-    return forward, forward + time.perf_counter() - start
+    return forward, forward + time.process_time() - start
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
@@ -128,10 +129,9 @@ def show(results: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     results = measure(options.rounds)
     show(results)
     if options.json:
