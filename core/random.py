@@ -30,13 +30,13 @@ def _as_int64(constant: int) -> int:
 def _mix(x: Tensor) -> Tensor:
     """The splitmix64 finaliser (Steele, Lea & Flood 2014), on int64 with wrapping arithmetic."""
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shift_right(x, shift)) * _as_int64(multiplier)
-    return x ^ _shift_right(x, 31)
+        x = _shift_right(x, shift).bitwise_xor_(x).mul_(_as_int64(multiplier))
+    return _shift_right(x, 31).bitwise_xor_(x)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: torch's own shift of int64 copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def fold(keys: Tensor, *parts: int | str) -> Tensor:

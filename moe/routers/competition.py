@@ -37,18 +37,29 @@ def chosen(
 def best(rank_ET: Tensor, open_ET: Tensor, share_E: Tensor) -> Tensor:
     """bool (E, T): :func:`chosen` of the tokens here, in the order of their places."""
     experts, tokens = rank_ET.shape
-    result_ET = torch.zeros(experts, tokens, dtype=torch.bool, device=rank_ET.device)
     if tokens == 0:
-        return result_ET
+        return torch.zeros(experts, 0, dtype=torch.bool, device=rank_ET.device)
     open_E = open_ET.sum(1)
     # a product such as .1 · 30 = 3.0000000000000004 is whole
     take_E = torch.minimum((share_E * open_E + 1e-9).floor().long().clamp(min=1), open_E)
+    most = max(int(take_E.max()), 1)
+    rank_ET = rank_ET.contiguous().masked_fill(~open_ET, -torch.inf)
+    last_E1 = rank_ET.topk(most, dim=1).values.gather(1, take_E.clamp(min=1)[:, None] - 1)
+    result_ET = rank_ET >= last_E1
+    # more than it takes where others equal its last, fewer where some are no numbers
+    unclear_E = (result_ET.count_nonzero(1) != take_E).nonzero()[:, 0]
+    if unclear_E.numel():
+        some = (rank_ET[unclear_E], open_ET[unclear_E], take_E[unclear_E])
+        result_ET[unclear_E] = _best_by_place(*some)
+    return result_ET
+
+
+def _best_by_place(rank_ET: Tensor, open_ET: Tensor, take_E: Tensor) -> Tensor:
+    """bool (E, T): the ``take_E`` best, of equal ones the first."""
     most = int(take_E.max())
-    if most == 0:
-        return result_ET
     order_ET = _sortable(rank_ET, open_ET).topk(most, dim=1).indices
     taken_ET = torch.arange(most, device=rank_ET.device) < take_E[:, None]
-    return result_ET.scatter_(1, order_ET, taken_ET)
+    return torch.zeros_like(open_ET).scatter_(1, order_ET, taken_ET)
 
 
 def _sortable(rank_ET: Tensor, open_ET: Tensor) -> Tensor:

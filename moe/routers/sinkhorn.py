@@ -99,8 +99,8 @@ def log_factors(logits_TE: Tensor, padding_T: Tensor | None, data: Axis) -> Tens
     eps = 1e-8
     factor_E = torch.ones(experts, dtype=cost_TE.dtype, device=cost_TE.device)
     for _ in range(ROUNDS):
-        row_T = 1 / (total * ((cost_TE * factor_E).sum(1) + eps))
-        column_E = sum_over((row_T[:, None] * cost_TE).sum(0), data.group)
+        row_T = 1 / (total * (cost_TE @ factor_E + eps))
+        column_E = sum_over(row_T @ cost_TE, data.group)
         before_E, factor_E = factor_E, 1 / (experts * (column_E + eps))
         if float((factor_E - before_E).abs().mean()) < TOLERANCE:
             break
