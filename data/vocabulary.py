@@ -27,6 +27,8 @@ from coterie.core.config import Config
 
 TEXT, IMAGE = 0, 1
 """Modality ids."""
+MODALITIES = {"text": TEXT, "image": IMAGE}
+"""All of them, by name."""
 
 BYTES = 256
 

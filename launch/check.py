@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coterie.core.errors import UserError
 from coterie.data.manifest import Manifest, read_manifest
-from coterie.data.vocabulary import Vocabulary
+from coterie.data.vocabulary import MODALITIES, Vocabulary
 from coterie.launch.config import RunConfig
 from coterie.parallel.layout import Layout
 from coterie.parallel.rules import layout_of
@@ -74,6 +74,12 @@ def check_data(config: RunConfig) -> None:
         raise UserError(
             f"model.vocabulary is {config.model.vocabulary}, but {where} has {size} token ids: "
             f"set model.vocabulary={size}, or more"
+        )
+    untie, known = config.model.untie, len(MODALITIES)
+    if untie.any and untie.modalities < known:
+        raise UserError(
+            f"model.untie.modalities is {untie.modalities}, but {where} has tokens of {known} "
+            f"modalities ({', '.join(MODALITIES)}): set model.untie.modalities={known}, or more"
         )
 
 

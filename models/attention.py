@@ -1,5 +1,6 @@
 """Grouped-query causal attention with rotary positions."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal, Self
 
@@ -16,6 +17,7 @@ from coterie.comm.sequence import (
     reduce_scatter,
 )
 from coterie.core.config import Config
+from coterie.models.untied import SHARED, Modalities, UntieConfig, UntiedLinear, block_norm, normed
 
 
 class AttentionConfig(Config):
@@ -56,7 +58,8 @@ class Attention(nn.Module):
 
     ``tp`` splits the heads; between layers each of its ranks holds a part of the sequence.
     ``cp`` splits the sequence: each of its ranks computes the queries of its positions over the
-    keys and values of all. ``norm_eps``: RMSNorm's epsilon, for ``qk_norm``.
+    keys and values of all. ``norm_eps``: RMSNorm's epsilon, for ``qk_norm``. ``untie``: what has
+    weights for each modality, M × each.
     """
 
     def __init__(
@@ -66,9 +69,16 @@ class Attention(nn.Module):
         norm_eps: float,
         tp: Axis = Axis("tp"),
         cp: Axis = Axis("cp"),
+        untie: UntieConfig = SHARED,
     ) -> None:
         super().__init__()
         self.tp, self.cp = tp, cp
+        self.untied = untie.qkvo
+        linear: Callable[[int, int], nn.Linear | UntiedLinear] = (
+            partial(UntiedLinear, modalities=untie.modalities)
+            if untie.qkvo
+            else partial(nn.Linear, bias=False)
+        )
         self.head_width = config.head_width or width // config.heads
         kv_heads = config.kv_heads or config.heads
         for what, count in (("heads", config.heads), ("kv_heads", kv_heads)):
@@ -78,32 +88,46 @@ class Attention(nn.Module):
         self.within_documents = config.within_documents
         self.grouped = kv_heads != config.heads
         q_width, kv_width = config.heads * self.head_width, kv_heads * self.head_width
-        self.q = nn.Linear(width, q_width // tp.size, bias=False)
-        self.k = nn.Linear(width, kv_width // tp.size, bias=False)
-        self.v = nn.Linear(width, kv_width // tp.size, bias=False)
-        self.out = nn.Linear(q_width // tp.size, width, bias=False)
+        self.q = linear(width, q_width // tp.size)
+        self.k = linear(width, kv_width // tp.size)
+        self.v = linear(width, kv_width // tp.size)
+        self.out = linear(q_width // tp.size, width)
+        first = int(self.untied)  # before it counts the modality
         self.cuts = {
-            "q.weight": (Cut(0, tp, q_width),),
-            "k.weight": (Cut(0, tp, kv_width),),
-            "v.weight": (Cut(0, tp, kv_width),),
-            "out.weight": (Cut(1, tp, q_width),),
+            "q.weight": (Cut(first, tp, q_width),),
+            "k.weight": (Cut(first, tp, kv_width),),
+            "v.weight": (Cut(first, tp, kv_width),),
+            "out.weight": (Cut(first + 1, tp, q_width),),
         }
-        self.gate: nn.Linear | None = None
+        self.gate: nn.Linear | UntiedLinear | None = None
         if gates := config.gate_width(self.head_width):
-            self.gate = nn.Linear(width, gates // tp.size, bias=False)
-            self.cuts["gate.weight"] = (Cut(0, tp, gates),)
-        norm = partial(nn.RMSNorm, self.head_width, eps=norm_eps)
+            self.gate = linear(width, gates // tp.size)
+            self.cuts["gate.weight"] = (Cut(first, tp, gates),)
+        norm = partial(block_norm, self.head_width, norm_eps, untie)
         self.q_norm = norm() if config.qk_norm else nn.Identity()
         self.k_norm = norm() if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        document_BS: Tensor | None = None,
+        modalities: Modalities | None = None,
+    ) -> Tensor:
         """(B, S, D) → (B, S, D), S this rank's positions. ``document_BS``: int64 over whole
-        sequences, used with ``within_documents``."""
-        x_BSD = gather(x_BSD, 1, self.tp)
+        sequences, used with ``within_documents``. ``modalities``: used where weights are untied."""
+        x = x_BSD = gather(x_BSD, 1, self.tp)
+        if self.untied:
+            assert modalities is not None
+            x = modalities.sort(x_BSD)  # once for all projections
         heads = (-1, self.head_width)
-        q_BHSd = self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2)
-        k_BHSd = self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2)
-        v_BHSd = self.v(x_BSD).unflatten(-1, heads).transpose(1, 2)
+        q_BSHd, k_BSHd, v_BSHd = (
+            _places(linear, x, modalities).unflatten(-1, heads)
+            for linear in (self.q, self.k, self.v)
+        )
+        modality_BS = None if modalities is None else modalities.gathered_BS
+        q_BHSd = normed(self.q_norm, q_BSHd, modality_BS).transpose(1, 2)
+        k_BHSd = normed(self.k_norm, k_BSHd, modality_BS).transpose(1, 2)
+        v_BHSd = v_BSHd.transpose(1, 2)
         q_BHSd = rotate(q_BHSd, self.theta, self.cp)
         k_BHSd = rotate(k_BHSd, self.theta, self.cp)
         if not self.within_documents:
@@ -114,8 +138,13 @@ class Attention(nn.Module):
             y_BHSd = self._attend_over_ranks(q_BHSd, k_BHSd, v_BHSd, document_BS)
         y_BSHd = y_BHSd.transpose(1, 2)
         if self.gate is not None:
-            y_BSHd = y_BSHd * self.gate(x_BSD).sigmoid().unflatten(-1, (y_BSHd.shape[2], -1))
-        return reduce_scatter(self.out(y_BSHd.flatten(2)), 1, self.tp)
+            gate_BSG = _places(self.gate, x, modalities).sigmoid()
+            y_BSHd = y_BSHd * gate_BSG.unflatten(-1, (y_BSHd.shape[2], -1))
+        y = y_BSHd.flatten(2)
+        if self.untied:
+            assert modalities is not None
+            y = modalities.sort(y)
+        return reduce_scatter(_places(self.out, y, modalities), 1, self.tp)
 
     def _attend_over_ranks(
         self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, document_BS: Tensor | None
@@ -162,6 +191,14 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=self.grouped,
         )
+
+
+def _places(linear: nn.Linear | UntiedLinear, x: Tensor, modalities: Modalities | None) -> Tensor:
+    """The product with ``x``, (B, S, …); an untied layer has it as rows sorted by modality."""
+    if isinstance(linear, nn.Linear):
+        return linear(x)
+    assert modalities is not None
+    return modalities.restore(linear(x, modalities))
 
 
 def rotate(x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp")) -> Tensor:

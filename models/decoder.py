@@ -14,6 +14,7 @@ from coterie.comm.sequence import all_context_positions, gather
 from coterie.core.config import Config
 from coterie.core.random import fold
 from coterie.models.attention import Attention, AttentionConfig
+from coterie.models.untied import Modalities, UntieConfig, UntiedFeedForward, block_norm, normed
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
@@ -47,6 +48,8 @@ class DecoderConfig(Config):
     shared_depth: int = Field(default=1, ge=1)
     """So many consecutive blocks share attention and feed-forward (router, experts); each has norms
     of its own (WideNet, arXiv 2107.11817)."""
+    untie: UntieConfig = UntieConfig()
+    """What has weights of its own for each modality."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """RMSNorm's epsilon, also in attention."""
     tie_embeddings: bool = False
@@ -83,6 +86,11 @@ class DecoderConfig(Config):
                 )
         if (self.moe is None or self.dense_layers) and self.feed_forward is None:
             raise ValueError("feed_forward is needed: this model has dense layers")
+        if self.untie.ffn and all(self.is_moe(layer) for layer in range(self.layers)):
+            raise ValueError(
+                "untie.ffn is of dense layers, but all are mixtures of experts: for experts of one "
+                "modality each set moe.router.kind to modality"
+            )
         return self
 
     def _check_expert_counts(self) -> None:
@@ -167,38 +175,58 @@ class Block(nn.Module):
         self.recompute = recompute
         self.route_before_attention = config.moe is not None and config.moe.route_before_attention
         hidden = recompute == "selective"
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        width, eps, untie = config.width, config.norm_eps, config.untie
+        self.attention_norm = block_norm(width, eps, untie)
         self.attention: Attention = (
             like.attention
             if like
-            else Attention(config.width, config.attention, config.norm_eps, axes.tp, axes.cp)
+            else Attention(width, config.attention, eps, axes.tp, axes.cp, untie)
         )
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.feed_forward_norm = block_norm(width, eps, untie)
         self.moe: MoELayer | None = None
-        self.feed_forward: FeedForward | None = None
+        self.feed_forward: FeedForward | UntiedFeedForward | None = None
         if like is not None:
             self.moe, self.feed_forward = like.moe, like.feed_forward
         elif config.is_moe(layer):
-            self.moe = MoELayer(config.width, config.moe_of(layer), axes, recompute=hidden)
+            self.moe = MoELayer(width, config.moe_of(layer), axes, recompute=hidden)
         else:
-            assert config.feed_forward is not None
-            self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp, hidden)
+            ff = config.feed_forward
+            assert ff is not None
+            self.feed_forward = (
+                UntiedFeedForward(width, ff, untie.modalities, axes.tp, hidden)
+                if untie.ffn
+                else FeedForward(width, ff, axes.tp, hidden)
+            )
 
     def forward(
-        self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        info: TokenInfo,
+        document_BS: Tensor | None = None,
+        modalities: Modalities | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
-        """``document_BS``: of whole sequences, where attention is kept inside documents."""
+        """``document_BS``: of whole sequences, where attention is kept inside documents.
+        ``modalities``: of the tokens in ``info``, where weights are untied."""
         if self.recompute == "full" and torch.is_grad_enabled():
             # inside the module: FSDP's hooks stand around it
-            return checkpoint(self._run, x_BSD, info, document_BS, use_reentrant=False)
-        return self._run(x_BSD, info, document_BS)
+            return checkpoint(self._run, x_BSD, info, document_BS, modalities, use_reentrant=False)
+        return self._run(x_BSD, info, document_BS, modalities)
 
     def _run(
-        self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        info: TokenInfo,
+        document_BS: Tensor | None,
+        modalities: Modalities | None,
     ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
         entering_BSD = x_BSD if self.route_before_attention else None
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        own_BS = None if modalities is None else modalities.own_BS
+        normed_BSD = normed(self.attention_norm, x_BSD, own_BS)
+        x_BSD = x_BSD + self.attention(normed_BSD, document_BS, modalities)
+        normed_BSD = normed(self.feed_forward_norm, x_BSD, own_BS)
+        if isinstance(self.feed_forward, UntiedFeedForward):
+            assert modalities is not None
+            return x_BSD + self.feed_forward(normed_BSD, modalities), {}, None
         if self.feed_forward is not None:
             return x_BSD + self.feed_forward(normed_BSD), {}, None
         assert self.moe is not None
@@ -226,6 +254,7 @@ class Decoder(nn.Module):
         part = part or DecoderPart(range(config.layers), embedding=True, head=True)
         self.axes = axes
         self.within_documents = config.attention.within_documents
+        self.untie = config.untie
         self.embedding: VocabularyEmbedding | None = None
         if part.embedding:
             self.embedding = VocabularyEmbedding(config.vocabulary, config.width, axes.tp)
@@ -263,10 +292,13 @@ class Decoder(nn.Module):
         if self.embedding is not None:
             x = self.embedding(x)
         document_BS = self._documents(info, x.shape[0])
+        modalities: Modalities | None = None
+        if self.untie.any:
+            modalities = Modalities.of(info, x.shape[:2], self.untie.modalities, self.axes.tp)
         losses: dict[str, Tensor] = {}
         stats: dict[int, RoutingStats] = {}
         for block in cast(Iterable[Block], self.blocks.values()):
-            x, own, seen = block(x, info, document_BS)
+            x, own, seen = block(x, info, document_BS, modalities)
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0.0) + loss
             if seen is not None:

@@ -7,6 +7,7 @@ from coterie.core.box import Box
 from coterie.core.random import generator
 from coterie.models.attention import Attention
 from coterie.models.placement import box_of
+from coterie.models.untied import UntiedFeedForward
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.experts import Experts
 from coterie.moe.feed_forward import FeedForward
@@ -33,8 +34,12 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
                 _, hidden, width = box_of(module, "w_in_PFD").whole
                 _draw(module, "w_in_PFD", width**-0.5, seed, prefix)
                 _draw(module, "w_out_FD", hidden**-0.5 * damping, seed, prefix)
+            case UntiedFeedForward():
+                hidden, width = box_of(module, "w_out_MFD").whole[1:]
+                _draw(module, "w_in_MPFD", width**-0.5, seed, prefix)
+                _draw(module, "w_out_MFD", hidden**-0.5 * damping, seed, prefix)
             case Attention():
-                width, heads_width = box_of(module, "out.weight").whole
+                width, heads_width = box_of(module, "out.weight").whole[-2:]
                 _draw(module, "out.weight", heads_width**-0.5 * damping, seed, prefix)
                 for name in ("q", "k", "v", "gate")[: 3 if module.gate is None else 4]:
                     _draw(module, f"{name}.weight", width**-0.5, seed, prefix)

@@ -9,6 +9,7 @@ from torch import nn
 from coterie.comm.axis import Cut
 from coterie.core.box import Box
 from coterie.models.decoder import Block, Decoder, DecoderConfig
+from coterie.models.untied import UNTIED
 from coterie.moe.experts import Experts
 
 
@@ -52,13 +53,16 @@ def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
     with torch.device("meta"):
         model = Decoder(config)
     total = sum(p.numel() for p in model.parameters())
+    untied = [m for m in model.modules() if isinstance(m, UNTIED)]
+    idle = sum(p.numel() for m in untied for p in m.parameters())
+    idle -= idle // config.untie.modalities
     if config.moe is None:
-        return total, total
+        return total, total - idle
     experts = [(m, config.experts_of(number)) for number, m in _mixtures(model)]
     stored = {layer: sum(p.numel() for p in layer.parameters()) for layer, _ in experts}
     rows = config.moe.router.rows_per_token
     used = sum(int(stored[layer] * rows / count) for layer, count in experts)
-    return total, total - sum(stored.values()) + used
+    return total, total - idle - sum(stored.values()) + used
 
 
 def _mixtures(model: Decoder) -> Iterator[tuple[int, Experts]]:

@@ -5,14 +5,13 @@ from torch import Tensor
 
 from coterie.comm.reduce import sum_over
 from coterie.comm.sequence import context_part
-from coterie.data import IGNORE, IMAGE, TEXT, TokenDataset, each_row
+from coterie.data import IGNORE, TokenDataset, each_row
+from coterie.data.vocabulary import MODALITIES
 from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.forward import forward
 from coterie.parallel.micro_batch import token_info
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision
-
-MODALITIES = {"text": TEXT, "image": IMAGE}
 
 
 @torch.no_grad()

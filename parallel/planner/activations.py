@@ -42,7 +42,14 @@ def embedding(work: Workload) -> Held:
 def norm(work: Workload) -> int:
     """What RMSNorm keeps over the residual stream: on CUDA x and 1/rms, elsewhere x/rms too."""
     whole = work.own * work.model.width * work.whole
-    return (whole if work.device == "cuda" else 2 * whole) + work.own * work.whole
+    return _copies(work) * whole + work.own * work.whole
+
+
+def _copies(work: Workload) -> int:
+    """Of its input's size, what RMSNorm keeps: untied, x/rms on CUDA too, and each token's gain."""
+    if work.model.untie.norm:
+        return 3
+    return 1 if work.device == "cuda" else 2
 
 
 def attention_half(work: Workload) -> Held:
@@ -55,7 +62,7 @@ def attention_half(work: Workload) -> Held:
     kept = normed + _attention_input(work) + _weights(work, _attention_weights(work))
     kept += _projected(work)
     if work.recompute != "selective":
-        kept += _core(work)
+        kept += _core(work) + _sorted_result(work)
     else:
         kept += q  # the output layer's input
     kept += gated_result(work)
@@ -66,6 +73,8 @@ def attention_half(work: Workload) -> Held:
     weights = _weights(work, _attention_weights(work))
     out = (joined * half if work.layout.tp > 1 else 0) + stream
     forward = inputs + weights + int(max(q + rotating, 2 * q + 2 * k + q + out + _core(work)))
+    if work.model.untie.qkvo:  # sorted by modality: the input, and the last product until restored
+        forward += joined * half + max(q, joined * half)
     again = _core(work) if work.recompute == "selective" else 0
     backward = stream + joined * half + q + (q + 2 * k) + again + gated_result(work)
     return Held(kept, max(kept, forward + gated_result(work)), backward)
@@ -79,7 +88,22 @@ def _heads(work: Workload) -> tuple[int, int]:
 
 def _attention_weights(work: Workload) -> int:
     heads = 2 * work.model.attention.heads + 2 * work.kv_heads
-    return (heads * work.head_width + work.gates) * work.model.width // work.layout.tp
+    each = (heads * work.head_width + work.gates) * work.model.width // work.layout.tp
+    return each * (work.model.untie.modalities if work.model.untie.qkvo else 1)
+
+
+def _sorted_result(work: Workload) -> int:
+    """The output layer's input sorted by modality, beside attention's result (unless gates have
+    made another of that)."""
+    return _heads(work)[0] if work.model.untie.qkvo and not work.gates else 0
+
+
+def modalities(work: Workload) -> int:
+    """Which token has which modality, and where it goes: made once, used by every layer."""
+    if not work.model.untie.any:
+        return 0
+    joined = work.gathered if work.layout.tp > 1 else 0
+    return (work.own + joined + 3 * work.gathered + 1) * INT
 
 
 def gated_result(work: Workload) -> int:
@@ -107,9 +131,12 @@ def _projected(work: Workload) -> int:
     if layout.cp > 1:  # of keys and values those of all ranks are kept, in order; not this one's
         total += 2 * k * layout.cp - 2 * k + work.sequence * INT
     if attention.qk_norm:
-        copies = 1 if work.device == "cuda" else 2
+        untied = work.model.untie.norm
         elements = (q + k) // work.half
-        total += (copies * elements + elements // work.head_width) * work.whole
+        kept = (_copies(work) - untied) * elements + elements // work.head_width
+        # a token's gains are the same for all heads
+        kept += 2 * work.gathered * work.head_width if untied else 0
+        total += kept * work.whole
     return total
 
 
@@ -140,7 +167,8 @@ def dense_half(work: Workload) -> Held:
     config = work.model.feed_forward
     assert config is not None
     stream = work.own * work.model.width * work.whole
-    inner = feed_forward(work, config)
+    untied = work.model.untie.ffn
+    inner = untied_feed_forward(work, config) if untied else feed_forward(work, config)
     normed = norm(work)
     return Held(
         normed + inner.kept,
@@ -164,6 +192,24 @@ def feed_forward(work: Workload, config: FeedForwardConfig) -> Held:
     out = joined * work.half * (2 if work.layout.tp > 1 else 1)
     forward = inputs + gathered + _weights(work, weights) + inner + out
     backward = out + (parts + 1) * hidden + (inner if work.recompute == "selective" else 0)
+    return Held(kept, forward, backward)
+
+
+def untied_feed_forward(work: Workload, config: FeedForwardConfig) -> Held:
+    """A dense layer with weights for each modality: their rows sorted, computed as experts are."""
+    parts = ACTIVATIONS[config.activation].parts
+    number, width, half = work.model.untie.modalities, work.model.width, work.half
+    hidden = config.hidden // work.layout.tp
+    padded = work.gathered
+    if work.device == "cpu" and work.compute == "fp32":
+        padded += number * (PADDED - 1) // 2
+    row = (parts + (work.device == "cuda" and work.autocast)) * hidden
+    joined, inner = work.gathered * width, padded * row * half
+    kept = joined * half + _weights(work, number * (parts + 1) * hidden * width)
+    kept += inner if work.recompute != "selective" else 0
+    gathered = joined * work.whole if work.layout.tp > 1 or work.autocast else 0
+    forward = kept + gathered + 2 * joined * half
+    backward = 2 * joined * half + (inner if work.recompute == "selective" else 0)
     return Held(kept, forward, backward)
 
 

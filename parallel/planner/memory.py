@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
-from coterie.parallel.planner.activations import rotations
+from coterie.parallel.planner.activations import modalities, rotations
 from coterie.parallel.planner.muon import matrices, muon_bytes, orthogonalising
 from coterie.parallel.planner.parameters import UnitSize, unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces, Stage
@@ -22,7 +22,8 @@ class Memory:
     activations: int
     """What micro-batches under way keep for their backward passes."""
     buffers: int
-    """The step's batches, the rotation's tables, and the pipeline's buffers for receiving."""
+    """The step's batches, the rotation's tables, the tokens of modalities, and the pipeline's
+    buffers for receiving."""
     gathered: int
     """Parameters that FSDP has gathered."""
     temporary: int
@@ -44,7 +45,7 @@ def memory(work: Workload, pp: int, pieces: Pieces | None = None) -> Memory:
     static = _Static(
         parameters=sharded,
         optimizer=sum(unit.moments(work) for unit in sizes) * work.whole,
-        buffers=batches(work) + rotations(work) + receive_buffers(work, pp),
+        buffers=batches(work) + rotations(work) + modalities(work) + receive_buffers(work, pp),
     )
     peaks = [
         *_while_running(work, pp, held, static, sizes),

@@ -71,7 +71,7 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
     for layer in range(config.layers):
         for name, shape, cuts, in_experts in _block(config, layer):
-            if config.first_like(layer) < layer and name not in _NORMS:
+            if config.first_like(layer) < layer and not name.startswith(_NORMS):
                 continue
             unit = ("experts" if in_experts else "block", layer)
             frozen = name in _frozen(config)
@@ -81,7 +81,7 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
         yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
 
 
-_NORMS = ("attention_norm.weight", "feed_forward_norm.weight")
+_NORMS = ("attention_norm.", "feed_forward_norm.")
 """What a block has of its own where blocks share their layers."""
 _Entry = tuple[str, tuple[int, ...], tuple[tuple[int, str], ...], bool]
 
@@ -91,25 +91,35 @@ def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
     width, attention = config.width, config.attention
     head = attention.head_width or width // attention.heads
     kv_heads = attention.kv_heads or attention.heads
-    yield "attention_norm.weight", (width,), (), False
+    each = (config.untie.modalities,) if config.untie.qkvo else ()
+    yield from _norm(config, "attention_norm", width)
     for name, heads in (("q", attention.heads), ("k", kv_heads), ("v", kv_heads)):
-        yield f"attention.{name}.weight", (heads * head, width), ((0, "tp"),), False
-    yield "attention.out.weight", (width, attention.heads * head), ((1, "tp"),), False
+        shape = (*each, heads * head, width)
+        yield f"attention.{name}.weight", shape, ((len(each), "tp"),), False
+    shape = (*each, width, attention.heads * head)
+    yield "attention.out.weight", shape, ((len(each) + 1, "tp"),), False
     if gates := attention.gate_width(head):
-        yield "attention.gate.weight", (gates, width), ((0, "tp"),), False
+        yield "attention.gate.weight", (*each, gates, width), ((len(each), "tp"),), False
     if attention.qk_norm:
-        yield "attention.q_norm.weight", (head,), (), False
-        yield "attention.k_norm.weight", (head,), (), False
-    yield "feed_forward_norm.weight", (width,), (), False
+        yield from _norm(config, "attention.q_norm", head)
+        yield from _norm(config, "attention.k_norm", head)
+    yield from _norm(config, "feed_forward_norm", width)
     if not config.is_moe(layer):
         assert config.feed_forward is not None
         ff = config.feed_forward
-        yield from _feed_forward("feed_forward", width, ff.hidden, ACTIVATIONS[ff.activation].parts)
+        parts = ACTIVATIONS[ff.activation].parts
+        if config.untie.ffn:
+            number = config.untie.modalities
+            shape_in = (number, parts, ff.hidden, width)
+            yield "feed_forward.w_in_MPFD", shape_in, ((2, "tp"),), False
+            yield "feed_forward.w_out_MFD", (number, ff.hidden, width), ((1, "tp"),), False
+        else:
+            yield from _feed_forward("feed_forward", width, ff.hidden, parts)
         return
     moe = config.moe_of(layer)
     experts, shared = moe.experts, moe.shared
     parts = ACTIVATIONS[experts.activation].parts
-    for name, parameter in _router(config).items():
+    for name, parameter in _router(config, experts.count).items():
         yield name, tuple(parameter.shape), (), False
     shape = (experts.count, parts, experts.hidden, width)
     yield "moe.experts.w_in_EPFD", shape, ((0, "ep"), (2, "etp")), True
@@ -126,17 +136,27 @@ def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
 
 
 @cache
-def _router(config: DecoderConfig) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a layer's router, by their names in a block; without storage."""
-    if config.moe is None:
-        return {}
+def _router(config: DecoderConfig, count: int) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the router of a layer with ``count`` experts, by their names in a block;
+    without storage."""
+    assert config.moe is not None
     with torch.device("meta"):
-        router = config.moe.router.build(config.width, config.moe.experts.count, Axes())
+        router = config.moe.router.build(config.width, count, Axes())
     return {f"moe.router.{name}": parameter for name, parameter in router.named_parameters()}
 
 
+@cache
 def _frozen(config: DecoderConfig) -> set[str]:
-    return {name for name, parameter in _router(config).items() if not parameter.requires_grad}
+    if config.moe is None:
+        return set()
+    router = _router(config, config.moe.experts.count)
+    return {name for name, parameter in router.items() if not parameter.requires_grad}
+
+
+def _norm(config: DecoderConfig, name: str, width: int) -> Iterator[_Entry]:
+    untie = config.untie
+    for inner in [f".{m}" for m in range(untie.modalities)] if untie.norm else [""]:
+        yield f"{name}{inner}.weight", (width,), (), False
 
 
 def _feed_forward(name: str, width: int, hidden: int, parts: int) -> Iterator[_Entry]:

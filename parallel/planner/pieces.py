@@ -97,7 +97,8 @@ class Pieces:
     def _again(self, kind: Kind) -> Piece:
         """A piece whose parameters have gradients already, but for those of its norms."""
         piece, width = self._piece(kind), self.work.model.width
-        norms = 2 if kind[0] == "block" else 1
+        untie = self.work.model.untie
+        norms = (2 if kind[0] == "block" else 1) * (untie.modalities if untie.norm else 1)
         return replace(piece, new=norms * width * self.work.whole)
 
     def _received(self, piece: Piece) -> Piece:

@@ -130,6 +130,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "groups do not divide": (["model.moe.router.groups=3"], ["model.moe", "3 groups"]),
     "a layer too many": (["model.dense_layers=[2]"], ["dense_layers", "0 to 1"]),
     "dense without width": (["model.dense_layers=[0]"], ["feed_forward is needed"]),
+    "nothing dense to untie": (
+        ["model.untie.ffn=true"],
+        ["untie.ffn is of dense layers", "moe.router.kind"],
+    ),
     "warm-up too long": (["optimizer.warmup=9"], ["optimizer.warmup 9", "train.steps 2"]),
     "too few steps to warm up": (
         ["optimizer.warmup=50", "train.steps=20"],
@@ -261,6 +265,10 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "small vocabulary for the built-in corpus": (
         [*TRAIN, "1", "model.vocabulary=256", "data.path=null"],
         ["model.vocabulary is 256", "built-in corpus", "277"],
+    ),
+    "fewer modalities than the data has": (
+        [*TRAIN, "1", "model.untie.qkvo=true", "model.untie.modalities=1"],
+        ["model.untie.modalities is 1", "2 modalities (text, image)", "modalities=2"],
     ),
     "a shipped config without its data": (
         ["train", "deepseek_v3_like", "--nproc", "256"],

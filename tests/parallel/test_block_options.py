@@ -41,6 +41,10 @@ PYRAMID: dict[str, Any] = {
         "shared_mix": True,
     },
 }
+UNTIED: dict[str, Any] = {
+    "attention": {**ATTENTION, "gate": "head"},
+    "untie": {"ffn": True, "qkvo": True, "norm": True},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
@@ -48,6 +52,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pyramid, residual": {"model": PYRAMID},
     "shared depth": {"model": SHARED},
     "shared depth, recomputed": {"model": SHARED, "train": {"recompute": "full"}},
+    "untied": {"model": UNTIED},
+    "untied, shared depth, recomputed": {
+        "model": {**SHARED, **UNTIED},
+        "train": {"recompute": "full"},
+    },
+    "untied, muon": {"model": UNTIED, "optimizer": MUON},
     "muon": {"model": {"attention": ATTENTION}, "optimizer": MUON},
     "muon, uneven": {
         "model": {
@@ -72,6 +82,9 @@ RUN: dict[str, tuple[str, ...]] = {
     "pyramid, residual": ("tp cp ep", "pp shard ep"),
     "shared depth": ("tp cp ep", "pp shard ep", "shard"),
     "shared depth, recomputed": ("shard",),
+    "untied": ("tp cp ep", "pp shard ep", "shard"),
+    "untied, shared depth, recomputed": ("tp cp ep", "pp shard ep"),
+    "untied, muon": ("tp shard etp",),
     "muon": ("pp shard ep", "tp shard etp", "shard", "tp etp"),
     "muon, uneven": ("shard",),
 }

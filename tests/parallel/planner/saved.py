@@ -1,6 +1,6 @@
 """What autograd saves of a part of the model, counted by its own hooks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from coterie.comm.axis import Axes
 from coterie.models import Decoder, DecoderConfig, initialise
+from coterie.models.untied import Modalities, normed
 from coterie.moe.tokens import TokenInfo
 from coterie.parallel.distributed import Ranks, make_groups
 from coterie.parallel.layout import Layout
@@ -31,9 +32,10 @@ def model_config(**settings: Any) -> DecoderConfig:
     return DecoderConfig.model_validate(tree | settings)
 
 
-def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes of the distinct storages that autograd keeps after ``run``, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def saved_bytes(run: Callable[[], Any], model: nn.Module, once: Iterable[Tensor] = ()) -> int:
+    """Bytes of the distinct storages that autograd keeps after ``run``, weights left out, and what
+    is made ``once`` for all blocks."""
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *once)}
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -66,25 +68,29 @@ def saved_by_part(config: DecoderConfig, compute: str, axes: Axes = Axes()) -> d
     )
     documents_BS = torch.zeros(ROWS, SEQUENCE, dtype=torch.int64)
     first, second = model.blocks["0"], model.blocks["1"]
+    known = Modalities.of(info, x_BSD.shape[:2], config.untie.modalities, axes.tp)
+    once = (known.own_BS, known.gathered_BS, known.order_G, *known.inverse)
 
     def attention() -> Any:
         x = x_BSD + 1  # a leaf would be cast once where activations are cast for each use
-        return x + first.attention(first.attention_norm(x), documents_BS)
+        normed_BSD = normed(first.attention_norm, x, known.own_BS)
+        return x + first.attention(normed_BSD, documents_BS, known)
 
     def dense() -> Any:
         x = x_BSD + 1
-        return x + first.feed_forward(first.feed_forward_norm(x))
+        normed_BSD = normed(first.feed_forward_norm, x, known.own_BS)
+        return x + first.feed_forward(normed_BSD, *([known] if config.untie.ffn else []))
 
     def moe() -> Any:
         x = x_BSD + 1
         before = x if second.route_before_attention else None
-        output = second.moe(second.feed_forward_norm(x), info, before)
+        output = second.moe(normed(second.feed_forward_norm, x, known.own_BS), info, before)
         return x + output.y, output
 
     found = {}
     for name, run in (("attention", attention), ("dense", dense), ("moe", moe)):
         with torch.autocast("cpu", torch.bfloat16, enabled=compute == "bf16"):
-            found[name] = saved_bytes(run, model)
+            found[name] = saved_bytes(run, model, once)
     return found
 
 

@@ -63,6 +63,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "expert choice": moe(router={"kind": "expert_choice", "capacity_factor": 2.0}),
     "modality": moe(router={"kind": "modality", "experts": [4, 4]}),
     "groups": moe(router={"k": 2, "groups": 4, "top_groups": 2}),
+    "untied feed-forward": {"untie": {"ffn": True}},
+    "untied projections": {"untie": {"qkvo": True}},
+    "untied norms": {"untie": {"norm": True}},
+    "all untied": {
+        "attention": {"heads": 4, "kv_heads": 2, "qk_norm": True, "gate": "head"},
+        "untie": {"ffn": True, "qkvo": True, "norm": True},
+    },
 }
 
 
@@ -91,12 +98,14 @@ def predicted(work: Workload) -> dict[str, int]:
     return kept
 
 
-def padding(work: Workload) -> int:
-    """Bytes by which rows that chance spreads over experts can differ from the plan's mean."""
-    assert work.model.moe is not None
-    experts = work.model.moe.experts
-    row = ACTIVATIONS[experts.activation].parts * experts.hidden
-    return experts.count * activations.PADDED // 2 * row * work.half
+def padding(work: Workload, modalities: int = 0) -> int:
+    """Bytes by which rows that chance spreads over experts, or over the ``modalities`` of a dense
+    layer, can differ from the plan's mean."""
+    assert work.model.moe is not None and work.model.feed_forward is not None
+    config = work.model.feed_forward if modalities else work.model.moe.experts
+    row = ACTIVATIONS[config.activation].parts * config.hidden
+    number = modalities or work.model.moe.experts.count
+    return number * activations.PADDED // 2 * row * work.half
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp64"])
@@ -105,16 +114,25 @@ def test_kept_is_what_autograd_saves(name: str, compute: str) -> None:
     config = model_config(**MODELS[name])
     work = work_of(config, compute)
     expected, seen = predicted(work), saved_by_part(config, compute)
-    assert {p: seen[p] for p in PARTS[:2]} == {p: expected[p] for p in PARTS[:2]}
-    # oneDNN's experts are padded: the one place where the plan takes a mean
+    assert seen["attention"] == expected["attention"]
+    # rows by expert or modality are padded for oneDNN: the one place where the plan takes a mean
     slack = padding(work) if compute == "fp32" else 0
     assert abs(seen["moe"] - expected["moe"]) <= slack
+    slack = slack and config.untie.ffn and padding(work, config.untie.modalities)
+    assert abs(seen["dense"] - expected["dense"]) <= slack
 
 
+OFTEN = ("documents, normalised", "gated", "head gates", "all untied")
 SPLIT = [
     ({axis: 2, **({} if axis in ("tp", "cp") else {"dp_replicate": 2})}, settings, compute)
     for axis in ("tp", "cp", "etp")
-    for settings in ({}, MODELS["documents, normalised"], MODELS["gated"], MODELS["head gates"])
+    for settings in (
+        {},
+        MODELS["documents, normalised"],
+        MODELS["gated"],
+        MODELS["head gates"],
+        MODELS["all untied"],
+    )
     for compute in ("fp64", "bf16")
 ]
 

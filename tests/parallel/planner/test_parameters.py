@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coterie.models import Decoder, DecoderConfig
+from coterie.models.untied import UntieConfig
 from coterie.parallel.layout import Layout
 from coterie.parallel.placement import places
 from coterie.parallel.planner.parameters import owned, parameters, unit_sizes, units_of
@@ -35,7 +36,10 @@ PYRAMID = model_config(
         "shared_mix": True,
     },
 )
-CONFIGS = {"plain": CONFIG, "pyramid": PYRAMID, "shared depth": SHARED}
+UNTIED = SHARED.model_copy(
+    update={"untie": UntieConfig(modalities=3, ffn=True, qkvo=True, norm=True)}
+)
+CONFIGS = {"plain": CONFIG, "pyramid": PYRAMID, "shared depth": SHARED, "untied": UNTIED}
 LAYOUTS = [
     Layout(),
     Layout(tp=2, ep=2, etp=2, dp_replicate=4),
