@@ -96,16 +96,22 @@ class Attention(nn.Module):
         self.q_norm = norm() if config.qk_norm else nn.Identity()
         self.k_norm = norm() if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        document_BS: Tensor | None = None,
+        position_BS: Tensor | None = None,
+    ) -> Tensor:
         """(B, S, D) → (B, S, D), S this rank's positions. ``document_BS``: int64 over whole
-        sequences, used with ``within_documents``."""
+        sequences, used with ``within_documents``. ``position_BS``: int64, where the tokens (of all
+        ranks of ``tp``) stand in their sequence, if some of it are left out."""
         x_BSD = gather(x_BSD, 1, self.tp)
         heads = (-1, self.head_width)
         q_BHSd = self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         k_BHSd = self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         v_BHSd = self.v(x_BSD).unflatten(-1, heads).transpose(1, 2)
-        q_BHSd = rotate(q_BHSd, self.theta, self.cp)
-        k_BHSd = rotate(k_BHSd, self.theta, self.cp)
+        q_BHSd = rotate(q_BHSd, self.theta, self.cp, position_BS)
+        k_BHSd = rotate(k_BHSd, self.theta, self.cp, position_BS)
         if not self.within_documents:
             document_BS = None
         if self.cp.size == 1:
@@ -164,18 +170,23 @@ class Attention(nn.Module):
         )
 
 
-def rotate(x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp")) -> Tensor:
+def rotate(
+    x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp"), position_BS: Tensor | None = None
+) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama, of
-    the positions of context-parallel rank ``cp``.
+    the positions of context-parallel rank ``cp``, or of ``position_BS``.
 
     Angles are computed in float64: float32 is off by more the farther the position.
     """
     seq, width = x_BHSd.shape[-2:]
-    cos_Sd, sin_Sd = _rotation(
-        seq * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype
-    )
+    if position_BS is None:
+        cos, sin = _rotation(
+            seq * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype
+        )
+    else:
+        cos, sin = _turned(position_BS[:, None], width, theta, x_BHSd.dtype)
     first, second = x_BHSd.chunk(2, -1)
-    return x_BHSd * cos_Sd + torch.cat([-second, first], -1) * sin_Sd
+    return x_BHSd * cos + torch.cat([-second, first], -1) * sin
 
 
 @lru_cache(maxsize=16)
@@ -189,7 +200,14 @@ def _rotation(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     position_S = context_positions(length, Axis("cp", rank, ranks), device)
-    exponent = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
-    angle_Sd = torch.outer(position_S.double(), theta**-exponent)
-    angle_Sd = torch.cat([angle_Sd, angle_Sd], -1)
-    return angle_Sd.cos().to(dtype), angle_Sd.sin().to(dtype)
+    return _turned(position_S, width, theta, dtype)
+
+
+def _turned(
+    position: Tensor, width: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position's angles, along a new last dimension."""
+    exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float64) / width
+    angle = position.double()[..., None] * theta**-exponent
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)

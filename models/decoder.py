@@ -14,6 +14,7 @@ from coterie.comm.sequence import all_context_positions, gather
 from coterie.core.config import Config
 from coterie.core.random import fold
 from coterie.models.attention import Attention, AttentionConfig
+from coterie.models.depths import Depths, MixtureOfDepthsConfig, Result
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
@@ -47,6 +48,8 @@ class DecoderConfig(Config):
     shared_depth: int = Field(default=1, ge=1)
     """So many consecutive blocks share attention and feed-forward (router, experts); each has norms
     of its own (WideNet, arXiv 2107.11817)."""
+    mixture_of_depths: MixtureOfDepthsConfig | None = None
+    """Blocks that only some tokens of a sequence pass; null: all tokens pass all blocks."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """RMSNorm's epsilon, also in attention."""
     tie_embeddings: bool = False
@@ -83,6 +86,11 @@ class DecoderConfig(Config):
                 )
         if (self.moe is None or self.dense_layers) and self.feed_forward is None:
             raise ValueError("feed_forward is needed: this model has dense layers")
+        if self.mixture_of_depths and self.mixture_of_depths.first >= self.layers:
+            raise ValueError(
+                f"mixture_of_depths.first is {self.mixture_of_depths.first}, but layers are 0 to "
+                f"{self.layers - 1}"
+            )
         return self
 
     def _check_expert_counts(self) -> None:
@@ -108,6 +116,17 @@ class DecoderConfig(Config):
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` is a mixture of experts."""
         return self.moe is not None and layer not in self.dense_layers
+
+    def depths_of(self, layer: int) -> MixtureOfDepthsConfig | None:
+        """How tokens are chosen that pass ``layer``; None: all do."""
+        depths = self.mixture_of_depths
+        return depths if depths is not None and depths.chooses(layer) else None
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses beside the cross-entropy that the model returns in training."""
+        router = self.moe.router.loss_names if self.moe else ()
+        return (*router, *(self.mixture_of_depths.loss_names if self.mixture_of_depths else ()))
 
     def experts_of(self, layer: int) -> int:
         """Number of experts of ``layer``; 0: it is dense."""
@@ -149,7 +168,7 @@ class DecoderPart:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); of all tokens, or of some.
 
     ``like``: a block whose attention and feed-forward are this one's too.
     """
@@ -183,21 +202,33 @@ class Block(nn.Module):
         else:
             assert config.feed_forward is not None
             self.feed_forward = FeedForward(config.width, config.feed_forward, axes.tp, hidden)
+        depths = config.depths_of(layer)
+        self.depths = Depths(config.width, depths, axes) if depths else None
 
     def forward(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+    ) -> Result:
         """``document_BS``: of whole sequences, where attention is kept inside documents."""
         if self.recompute == "full" and torch.is_grad_enabled():
             # inside the module: FSDP's hooks stand around it
             return checkpoint(self._run, x_BSD, info, document_BS, use_reentrant=False)
         return self._run(x_BSD, info, document_BS)
 
-    def _run(
-        self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+    def _run(self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None) -> Result:
+        if self.depths is not None:
+            return self.depths(x_BSD, info, document_BS, self._layers)
+        return self._layers(x_BSD, info, document_BS)
+
+    def _layers(
+        self,
+        x_BSD: Tensor,
+        info: TokenInfo,
+        document_BS: Tensor | None,
+        position_BS: Tensor | None = None,
+    ) -> Result:
         entering_BSD = x_BSD if self.route_before_attention else None
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
+        normed_BSD = self.attention_norm(x_BSD)
+        x_BSD = x_BSD + self.attention(normed_BSD, document_BS, position_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         if self.feed_forward is not None:
             return x_BSD + self.feed_forward(normed_BSD), {}, None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from coterie.core.box import Box
 from coterie.core.random import generator
 from coterie.models.attention import Attention
+from coterie.models.depths import Depths, Predictor
 from coterie.models.placement import box_of
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.experts import Experts
@@ -21,7 +22,7 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
-    depth (GPT-2). Embedding, an output layer tied to it, and router: 0.02; a router's bias: 0. Norm
+    depth (GPT-2). Embedding, an output layer tied to it, and routers: 0.02; a router's bias: 0. Norm
     gains: 1. Each expert is drawn by its global id.
     """
     damping = residual_branches**-0.5
@@ -50,6 +51,11 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
                 if module.shared_mix is not None:  # both count the same at first
                     module.shared_mix.weight.zero_()
                     module.shared_mix.bias.zero_()
+            case Depths():
+                _draw(module, "weight_D", 0.02, seed, prefix)
+            case Predictor():
+                for name in ("inner.weight", "outer.weight"):
+                    _draw(module, name, box_of(module, name).whole[1] ** -0.5, seed, prefix)
             case VocabularyEmbedding():
                 _draw(module, "weight", 0.02, seed, prefix)
             case nn.RMSNorm():
