@@ -110,8 +110,8 @@ class Attention(nn.Module):
         q_BHSd = self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         k_BHSd = self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2)
         v_BHSd = self.v(x_BSD).unflatten(-1, heads).transpose(1, 2)
-        q_BHSd = rotate(q_BHSd, self.theta, self.cp, position_BS)
-        k_BHSd = rotate(k_BHSd, self.theta, self.cp, position_BS)
+        cos, sin = rotation(q_BHSd, self.theta, self.cp, position_BS)
+        q_BHSd, k_BHSd = rotate(q_BHSd, cos, sin), rotate(k_BHSd, cos, sin)
         if not self.within_documents:
             document_BS = None
         if self.cp.size == 1:
@@ -170,23 +170,26 @@ class Attention(nn.Module):
         )
 
 
-def rotate(
+def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama."""
+    first, second = x_BHSd.chunk(2, -1)
+    return x_BHSd * cos + torch.cat([-second, first], -1) * sin
+
+
+def rotation(
     x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp"), position_BS: Tensor | None = None
-) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama, of
-    the positions of context-parallel rank ``cp``, or of ``position_BS``.
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that :func:`rotate` takes for ``x_BHSd``, which holds the positions of
+    context-parallel rank ``cp``, or ``position_BS``.
 
     Angles are computed in float64: float32 is off by more the farther the position.
     """
-    seq, width = x_BHSd.shape[-2:]
-    if position_BS is None:
-        cos, sin = _rotation(
-            seq * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype
-        )
-    else:
-        cos, sin = _turned(position_BS[:, None], width, theta, x_BHSd.dtype)
-    first, second = x_BHSd.chunk(2, -1)
-    return x_BHSd * cos + torch.cat([-second, first], -1) * sin
+    length, width = x_BHSd.shape[-2:]
+    if position_BS is not None:
+        return _turns(position_BS[:, None], width, theta, x_BHSd.dtype)
+    return _rotation(
+        length * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype
+    )
 
 
 @lru_cache(maxsize=16)
@@ -200,10 +203,10 @@ def _rotation(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     position_S = context_positions(length, Axis("cp", rank, ranks), device)
-    return _turned(position_S, width, theta, dtype)
+    return _turns(position_S, width, theta, dtype)
 
 
-def _turned(
+def _turns(
     position: Tensor, width: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each position's angles, along a new last dimension."""

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axes
-from coterie.comm.reduce import sum_over
 from coterie.comm.sequence import (
     all_context_positions,
     context_part,
@@ -25,6 +23,7 @@ from coterie.comm.sequence import (
     sequence_part,
 )
 from coterie.core.config import Config
+from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight_loss
 from coterie.moe.routers.competition import best
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
@@ -68,29 +67,15 @@ class MixtureOfDepthsConfig(Config):
         """Whether block ``layer`` is such a block."""
         return layer >= self.first and (layer - self.first) % self.every == 0
 
-    def places(self, length: int, axes: Axes = Axes()) -> int:
-        """C: how many tokens of a sequence of ``length`` the block computes; over ``axes`` rounded
-        up to what they can split."""
-        return _rounded(max(1, int(self.capacity * length + 1e-9)), axes)
+    def places(self, length: int, tp: int = 1, cp: int = 1) -> int:
+        """C: how many tokens of a sequence of ``length`` the block computes in training; rounded up
+        to what so many ranks can split."""
+        return _rounded(max(1, int(self.capacity * length + 1e-9)), tp, cp)
 
 
-def _rounded(places: int, axes: Axes) -> int:
-    unit = axes.tp.size * axes.cp.size * (2 if axes.cp.size > 1 else 1)
+def _rounded(places: int, tp: int, cp: int) -> int:
+    unit = tp * cp * (2 if cp > 1 else 1)
     return -(-places // unit) * unit
-
-
-class Predictor(nn.Module):
-    """Whether a token is among those that pass, by itself: SiLU(x · W1) · W2, positive for yes
-    (MoMa's auxiliary router of one output)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, width // 2, bias=False)
-        self.outer = nn.Linear(width // 2, 1, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Logits (B, S); no gradient goes to ``x_BSD``."""
-        return self.outer(F.silu(self.inner(x_BSD.detach()))).squeeze(-1)
 
 
 class Depths(nn.Module):
@@ -104,7 +89,7 @@ class Depths(nn.Module):
         super().__init__()
         self.config, self.axes = config, axes
         self.weight_D = nn.Parameter(torch.empty(width))
-        self.predictor = Predictor(width) if config.predictor else None
+        self.predictor = AuxiliaryRouter(width, 1) if config.predictor else None
 
     def forward(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None, inside: Inside
@@ -113,7 +98,7 @@ class Depths(nn.Module):
         whole = whole_sequences(info, x_BSD, self.axes)
         with torch.autocast(x_BSD.device.type, enabled=False):
             score_BS = x_BSD.to(self.weight_D.dtype) @ self.weight_D
-            asked_BS = None if self.predictor is None else self.predictor(x_BSD.to(score_BS.dtype))
+            asked_BS = None if self.predictor is None else self.predictor(x_BSD).squeeze(-1)
         chosen_BS = self._chosen(score_BS, asked_BS, whole)
         passing = self._passing(chosen_BS)
 
@@ -153,22 +138,21 @@ class Depths(nn.Module):
         in training."""
         count_B = chosen_BS.sum(1)
         rows, length = chosen_BS.shape
-        places = self.config.places(length, self.axes)
+        tp, cp = self.axes.tp.size, self.axes.cp.size
+        places = self.config.places(length, tp, cp)
         if self.predictor is not None and not self.training:
-            places = _rounded(max(1, int(count_B.max())) if rows else 1, self.axes)
+            places = _rounded(max(1, int(count_B.max())) if rows else 1, tp, cp)
         token_BC = (~chosen_BS).long().argsort(dim=1, stable=True)[:, :places]
         passes_BC = torch.arange(places, device=chosen_BS.device) < count_B[:, None]
         return Passing(token_BC, passes_BC)
 
     def _loss(self, asked_BS: Tensor, chosen_BS: Tensor, padding_T: Tensor | None) -> Tensor:
         """This rank's share of the mean cross-entropy of the predictor's answers."""
-        right_BS = sequence_part(chosen_BS, self.axes.cp, self.axes.tp).to(asked_BS.dtype)
-        each_BS = F.binary_cross_entropy_with_logits(asked_BS, right_BS, reduction="none")
-        counted_BS = torch.ones_like(right_BS)
+        right_BS = sequence_part(chosen_BS, self.axes.cp, self.axes.tp)
+        open_BS = torch.ones_like(right_BS)
         if padding_T is not None:
-            counted_BS = (~padding_T).view_as(right_BS).to(right_BS.dtype)
-        total = sum_over(counted_BS.sum(), self.axes.data.group).clamp(min=1)
-        return (each_BS * counted_BS).sum() / total
+            open_BS = ~padding_T.view_as(right_BS)
+        return foresight_loss(asked_BS, right_BS, open_BS, self.axes.data)
 
 
 @dataclass(frozen=True)
