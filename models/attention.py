@@ -112,9 +112,12 @@ class Attention(nn.Module):
         x_BSD: Tensor,
         document_BS: Tensor | None = None,
         modalities: Modalities | None = None,
+        position_BS: Tensor | None = None,
     ) -> Tensor:
         """(B, S, D) → (B, S, D), S this rank's positions. ``document_BS``: int64 over whole
-        sequences, used with ``within_documents``. ``modalities``: used where weights are untied."""
+        sequences, used with ``within_documents``. ``modalities``: used where weights are untied.
+        ``position_BS``: int64, where the tokens (of all ranks of ``tp``) stand in their sequence,
+        if some of it are left out."""
         x = x_BSD = gather(x_BSD, 1, self.tp)
         if self.untied:
             assert modalities is not None
@@ -128,8 +131,8 @@ class Attention(nn.Module):
         q_BHSd = normed(self.q_norm, q_BSHd, modality_BS).transpose(1, 2)
         k_BHSd = normed(self.k_norm, k_BSHd, modality_BS).transpose(1, 2)
         v_BHSd = v_BSHd.transpose(1, 2)
-        q_BHSd = rotate(q_BHSd, self.theta, self.cp)
-        k_BHSd = rotate(k_BHSd, self.theta, self.cp)
+        cos, sin = rotation(q_BHSd, self.theta, self.cp, position_BS)
+        q_BHSd, k_BHSd = rotate(q_BHSd, cos, sin), rotate(k_BHSd, cos, sin)
         if not self.within_documents:
             document_BS = None
         if self.cp.size == 1:
@@ -201,18 +204,24 @@ def _places(linear: nn.Linear | UntiedLinear, x: Tensor, modalities: Modalities 
     return modalities.restore(linear(x, modalities))
 
 
-def rotate(x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp")) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama, of
-    the positions of context-parallel rank ``cp``.
+def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), halves paired as in Llama."""
+    first, second = x_BHSd.chunk(2, -1)
+    return x_BHSd * cos + torch.cat([-second, first], -1) * sin
+
+
+def rotation(
+    x_BHSd: Tensor, theta: float, cp: Axis = Axis("cp"), position_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that :func:`rotate` takes for ``x_BHSd``, which holds the positions of
+    context-parallel rank ``cp``, or ``position_BS``.
 
     Angles are computed in float64: float32 is off by more the farther the position.
     """
-    seq, width = x_BHSd.shape[-2:]
-    cos_Sd, sin_Sd = _rotation(
-        seq * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype
-    )
-    first, second = x_BHSd.chunk(2, -1)
-    return x_BHSd * cos_Sd + torch.cat([-second, first], -1) * sin_Sd
+    length, width = x_BHSd.shape[-2:]
+    if position_BS is not None:
+        return _turns(position_BS[:, None], width, theta, x_BHSd.dtype)
+    return _rotation(length * cp.size, cp.rank, cp.size, width, theta, x_BHSd.device, x_BHSd.dtype)
 
 
 @lru_cache(maxsize=16)
@@ -226,7 +235,12 @@ def _rotation(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     position_S = context_positions(length, Axis("cp", rank, ranks), device)
-    exponent = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
-    angle_Sd = torch.outer(position_S.double(), theta**-exponent)
-    angle_Sd = torch.cat([angle_Sd, angle_Sd], -1)
-    return angle_Sd.cos().to(dtype), angle_Sd.sin().to(dtype)
+    return _turns(position_S, width, theta, dtype)
+
+
+def _turns(position: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position's angles, along a new last dimension."""
+    exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float64) / width
+    angle = position.double()[..., None] * theta**-exponent
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)

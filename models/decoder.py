@@ -14,6 +14,7 @@ from coterie.comm.sequence import all_context_positions, gather
 from coterie.core.config import Config
 from coterie.core.random import fold
 from coterie.models.attention import Attention, AttentionConfig
+from coterie.models.depths import Depths, MixtureOfDepthsConfig, Result
 from coterie.models.untied import Modalities, UntieConfig, UntiedFeedForward, block_norm, normed
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
@@ -50,6 +51,8 @@ class DecoderConfig(Config):
     of its own (WideNet, arXiv 2107.11817)."""
     untie: UntieConfig = UntieConfig()
     """What has weights of its own for each modality."""
+    mixture_of_depths: MixtureOfDepthsConfig | None = None
+    """Blocks that only some tokens of a sequence pass; null: all tokens pass all blocks."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """RMSNorm's epsilon, also in attention."""
     tie_embeddings: bool = False
@@ -91,6 +94,11 @@ class DecoderConfig(Config):
                 "untie.ffn is of dense layers, but all are mixtures of experts: for experts of one "
                 "modality each set moe.router.kind to modality"
             )
+        if self.mixture_of_depths and self.mixture_of_depths.first >= self.layers:
+            raise ValueError(
+                f"mixture_of_depths.first is {self.mixture_of_depths.first}, but layers are 0 to "
+                f"{self.layers - 1}"
+            )
         return self
 
     def _check_expert_counts(self) -> None:
@@ -116,6 +124,17 @@ class DecoderConfig(Config):
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` is a mixture of experts."""
         return self.moe is not None and layer not in self.dense_layers
+
+    def depths_of(self, layer: int) -> MixtureOfDepthsConfig | None:
+        """How tokens are chosen that pass ``layer``; None: all do."""
+        depths = self.mixture_of_depths
+        return depths if depths is not None and depths.chooses(layer) else None
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses beside the cross-entropy that the model returns in training."""
+        router = self.moe.router.loss_names if self.moe else ()
+        return (*router, *(self.mixture_of_depths.loss_names if self.mixture_of_depths else ()))
 
     def experts_of(self, layer: int) -> int:
         """Number of experts of ``layer``; 0: it is dense."""
@@ -157,7 +176,7 @@ class DecoderPart:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); of all tokens, or of some.
 
     ``like``: a block whose attention and feed-forward are this one's too.
     """
@@ -197,6 +216,9 @@ class Block(nn.Module):
                 if untie.ffn
                 else FeedForward(width, ff, axes.tp, hidden)
             )
+        depths = config.depths_of(layer)
+        self.depths = Depths(width, depths, axes) if depths else None
+        self.tp, self.modalities = axes.tp, untie.modalities
 
     def forward(
         self,
@@ -204,7 +226,7 @@ class Block(nn.Module):
         info: TokenInfo,
         document_BS: Tensor | None = None,
         modalities: Modalities | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+    ) -> Result:
         """``document_BS``: of whole sequences, where attention is kept inside documents.
         ``modalities``: of the tokens in ``info``, where weights are untied."""
         if self.recompute == "full" and torch.is_grad_enabled():
@@ -218,11 +240,32 @@ class Block(nn.Module):
         info: TokenInfo,
         document_BS: Tensor | None,
         modalities: Modalities | None,
-    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+    ) -> Result:
+        if self.depths is None:
+            return self._layers(x_BSD, info, document_BS, modalities)
+
+        def inside(
+            x_BCD: Tensor, own: TokenInfo, document_BC: Tensor | None, position_BC: Tensor
+        ) -> Result:
+            passing = modalities
+            if modalities is not None:
+                passing = Modalities.of(own, x_BCD.shape[:2], self.modalities, self.tp)
+            return self._layers(x_BCD, own, document_BC, passing, position_BC)
+
+        return self.depths(x_BSD, info, document_BS, inside)
+
+    def _layers(
+        self,
+        x_BSD: Tensor,
+        info: TokenInfo,
+        document_BS: Tensor | None,
+        modalities: Modalities | None,
+        position_BS: Tensor | None = None,
+    ) -> Result:
         entering_BSD = x_BSD if self.route_before_attention else None
         own_BS = None if modalities is None else modalities.own_BS
         normed_BSD = normed(self.attention_norm, x_BSD, own_BS)
-        x_BSD = x_BSD + self.attention(normed_BSD, document_BS, modalities)
+        x_BSD = x_BSD + self.attention(normed_BSD, document_BS, modalities, position_BS)
         normed_BSD = normed(self.feed_forward_norm, x_BSD, own_BS)
         if isinstance(self.feed_forward, UntiedFeedForward):
             assert modalities is not None

@@ -49,20 +49,24 @@ def _box(shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> Box:
 
 
 def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
-    """Parameters of the whole model, and of those the ones that one token passes."""
+    """Parameters of the whole model, and of those the ones that one token passes, on average."""
     with torch.device("meta"):
         model = Decoder(config)
-    total = sum(p.numel() for p in model.parameters())
-    untied = [m for m in model.modules() if isinstance(m, UNTIED)]
-    idle = sum(p.numel() for m in untied for p in m.parameters())
-    idle -= idle // config.untie.modalities
-    if config.moe is None:
-        return total, total - idle
-    experts = [(m, config.experts_of(number)) for number, m in _mixtures(model)]
-    stored = {layer: sum(p.numel() for p in layer.parameters()) for layer, _ in experts}
-    rows = config.moe.router.rows_per_token
-    used = sum(int(stored[layer] * rows / count) for layer, count in experts)
-    return total, total - idle - sum(stored.values()) + used
+    shares = {p: 0.0 if name.startswith("blocks.") else 1.0 for name, p in model.named_parameters()}
+    for block in cast(Iterable[Block], model.blocks.values()):
+        depths = config.depths_of(block.layer)
+        for name, p in block.named_parameters():
+            mine = depths.capacity if depths and not name.startswith("depths.") else 1.0
+            shares[p] = max(shares[p], mine)  # blocks may share it
+    for layer, experts in _mixtures(model):
+        assert config.moe is not None
+        for p in experts.parameters():
+            shares[p] *= config.moe.router.rows_per_token / config.experts_of(layer)
+    untied = (module for module in model.modules() if isinstance(module, UNTIED))
+    for p in {p for module in untied for p in module.parameters()}:
+        shares[p] /= config.untie.modalities
+    total = sum(p.numel() for p in shares)
+    return total, round(sum(p.numel() * share for p, share in shares.items()))
 
 
 def _mixtures(model: Decoder) -> Iterator[tuple[int, Experts]]:

@@ -20,10 +20,14 @@ class Tally:
 
     def __init__(self, config: DecoderConfig, ranks: Ranks) -> None:
         self._ranks = ranks
-        names = config.moe.router.loss_names if config.moe else ()
         self.numbers: dict[str, Tensor] = {
             name: torch.zeros((), dtype=torch.float64, device=ranks.device)
-            for name in ("stop", "loss", "tokens", *(f"router.{name}" for name in names))
+            for name in (
+                "stop",
+                "loss",
+                "tokens",
+                *(f"router.{name}" for name in config.loss_names),
+            )
         }
         layers = [layer for layer in range(config.layers) if config.is_moe(layer)]
         self.layers: dict[int, Tensor] = {

@@ -1,0 +1,222 @@
+"""Mixture of depths (arXiv 2404.02258): blocks that only some tokens of a sequence pass.
+
+A router scores the tokens of each sequence; those with the highest scores pass the block's attention
+and feed-forward layer, x + g · f(x), attention seeing no others, and the rest skip it. Which ones
+are the highest depends on later tokens too. So a predictor, trained beside, says from a token alone
+whether it is one of them; with it evaluation and generation are causal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from coterie.comm.axis import Axes
+from coterie.comm.sequence import (
+    all_context_positions,
+    context_part,
+    gather,
+    reduce_scatter,
+    sequence_part,
+)
+from coterie.core.config import Config
+from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight_loss
+from coterie.moe.routers.competition import best
+from coterie.moe.stats import RoutingStats
+from coterie.moe.tokens import TokenInfo
+
+Result = tuple[Tensor, dict[str, Tensor], RoutingStats | None]
+"""Of a block: activations, router losses, what its router saw."""
+Inside = Callable[[Tensor, TokenInfo, Tensor | None, Tensor], Result]
+"""A block's layers: activations, facts of their tokens, documents of whole sequences, and positions
+of context-parallel ranks' tokens (B, C / cp) → its result."""
+
+
+class MixtureOfDepthsConfig(Config):
+    """Blocks that only the tokens with the highest scores pass."""
+
+    capacity: float = Field(default=0.25, gt=0, le=1)
+    """Part of a sequence's tokens that pass: ⌊capacity · tokens⌋ of each sequence, padding not
+    counted, but at least one."""
+    every: int = Field(default=2, ge=1)
+    """One block in so many is such a block."""
+    first: int = Field(default=0, ge=0)
+    """The first of them, from 0."""
+    score: Literal["sigmoid", "linear"] = "sigmoid"
+    """What multiplies the block's result, of the router's r = x · w: sigmoid(r) (MoMa), or r (as
+    first published)."""
+    predictor: bool = False
+    """Train a predictor of which tokens pass, by a loss of its own that nothing else sees;
+    evaluation and generation then ask it, token by token. Without it they too take the highest
+    scores, which depend on later tokens."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether, in evaluation, what passes is chosen without a look at later tokens."""
+        return self.predictor
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that such blocks return in training."""
+        return ("depth_predictor",) if self.predictor else ()
+
+    def chooses(self, layer: int) -> bool:
+        """Whether block ``layer`` is such a block."""
+        return layer >= self.first and (layer - self.first) % self.every == 0
+
+    def places(self, length: int, tp: int = 1, cp: int = 1) -> int:
+        """C: how many tokens of a sequence of ``length`` the block computes in training; rounded up
+        to what so many ranks can split."""
+        return _rounded(max(1, int(self.capacity * length + 1e-9)), tp, cp)
+
+
+def _rounded(places: int, tp: int, cp: int) -> int:
+    unit = tp * cp * (2 if cp > 1 else 1)
+    return -(-places // unit) * unit
+
+
+class Depths(nn.Module):
+    """Chooses tokens, takes them through a block's layers, and adds g · f(x) to each.
+
+    f(x) is what the layers add to x: with g = 1 and all tokens it is the plain block. Over ``axes``
+    the chosen tokens of a sequence are spread evenly over the ranks that hold parts of it.
+    """
+
+    def __init__(self, width: int, config: MixtureOfDepthsConfig, axes: Axes = Axes()) -> None:
+        super().__init__()
+        self.config, self.axes = config, axes
+        self.weight_D = nn.Parameter(torch.empty(width))
+        self.predictor = AuxiliaryRouter(width, 1) if config.predictor else None
+
+    def forward(
+        self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None, inside: Inside
+    ) -> Result:
+        """``x_BSD`` and ``info``: of this rank's tokens; ``document_BS``: of whole sequences."""
+        whole = whole_sequences(info, x_BSD, self.axes)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            score_BS = x_BSD.to(self.weight_D.dtype) @ self.weight_D
+            asked_BS = None if self.predictor is None else self.predictor(x_BSD).squeeze(-1)
+        chosen_BS = self._chosen(score_BS, asked_BS, whole)
+        passing = self._passing(chosen_BS)
+
+        own_BC = sequence_part(passing.token_BC, self.axes.cp, self.axes.tp)
+        passes_T = sequence_part(passing.passes_BC, self.axes.cp, self.axes.tp).flatten()
+        own = whole.map(lambda x_T: x_T.view_as(chosen_BS).gather(1, own_BC).flatten())
+        if document_BS is not None:
+            document_BS = document_BS.gather(1, passing.token_BC)
+        position_BC = context_part(passing.token_BC, self.axes.cp)
+        courier = Courier(passing, x_BSD.shape[1], self.axes)
+        taken_BCD = courier.bring(x_BSD)
+        y_BCD, losses, stats = inside(
+            taken_BCD, replace(own, padding_T=~passes_T), document_BS, position_BC
+        )
+        gate_BS = score_BS.sigmoid() if self.config.score == "sigmoid" else score_BS
+        result_BSD = courier.add(x_BSD, gate_BS, y_BCD - taken_BCD)
+        if self.training and asked_BS is not None:
+            name, loss = "depth_predictor", self._loss(asked_BS, chosen_BS, info.padding_T)
+            losses = {**losses, name: loss}
+        return result_BSD, losses, stats
+
+    @torch.no_grad()
+    def _chosen(self, score_BS: Tensor, asked_BS: Tensor | None, whole: TokenInfo) -> Tensor:
+        """bool (B, S), by position in whole sequences: the tokens that pass."""
+        by_predictor = asked_BS is not None and not self.training
+        ranked_BS = _by_position(asked_BS if by_predictor else score_BS, self.axes)
+        open_BS = torch.ones_like(ranked_BS, dtype=torch.bool)
+        if whole.padding_T is not None:
+            open_BS = ~whole.padding_T.view_as(ranked_BS)
+        if by_predictor or not len(ranked_BS):
+            return open_BS & (ranked_BS > 0)
+        share_B = ranked_BS.new_full((len(ranked_BS),), self.config.capacity, dtype=torch.float64)
+        return best(ranked_BS.float(), open_BS, share_B)
+
+    def _passing(self, chosen_BS: Tensor) -> "Passing":
+        """The tokens that pass in their order, then others up to a number of places that is fixed
+        in training."""
+        count_B = chosen_BS.sum(1)
+        rows, length = chosen_BS.shape
+        tp, cp = self.axes.tp.size, self.axes.cp.size
+        places = self.config.places(length, tp, cp)
+        if self.predictor is not None and not self.training:
+            places = _rounded(max(1, int(count_B.max())) if rows else 1, tp, cp)
+        token_BC = (~chosen_BS).long().argsort(dim=1, stable=True)[:, :places]
+        passes_BC = torch.arange(places, device=chosen_BS.device) < count_B[:, None]
+        return Passing(token_BC, passes_BC)
+
+    def _loss(self, asked_BS: Tensor, chosen_BS: Tensor, padding_T: Tensor | None) -> Tensor:
+        """This rank's share of the mean cross-entropy of the predictor's answers."""
+        right_BS = sequence_part(chosen_BS, self.axes.cp, self.axes.tp)
+        open_BS = torch.ones_like(right_BS)
+        if padding_T is not None:
+            open_BS = ~padding_T.view_as(right_BS)
+        return foresight_loss(asked_BS, right_BS, open_BS, self.axes.data)
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Which tokens of whole sequences have a place in the block; the same on all ranks that hold
+    parts of them."""
+
+    token_BC: Tensor
+    """int64: the token's position in its sequence."""
+    passes_BC: Tensor
+    """bool: False for a token that only fills its place, and skips the block."""
+
+
+class Courier:
+    """Brings tokens from where they are to where the block computes them, and back.
+
+    Each rank of ``axes.sequence`` puts its own tokens in their places among all C, with zeros
+    elsewhere; a reduce-scatter adds these up and leaves each rank its part. Back, all C are
+    gathered, and each rank takes its own. ``length``: positions of a sequence on this rank.
+    """
+
+    def __init__(self, passing: Passing, length: int, axes: Axes) -> None:
+        self.sequence = axes.sequence
+        token_BC, device = passing.token_BC, passing.token_BC.device
+        # ranks hold positions, and get places, in this order
+        order_S = all_context_positions(length * self.sequence.size, axes.cp, device)
+        order_C = all_context_positions(token_BC.shape[1], axes.cp, device)
+        column_BC = order_S.argsort()[token_BC[:, order_C]]
+        mine_BC = column_BC // length == self.sequence.rank
+        self.column_BC1 = torch.where(mine_BC, column_BC % length, 0)[..., None]
+        self.away_BC1 = ~mine_BC[..., None]
+        self.skips_BC1 = ~(mine_BC & passing.passes_BC[:, order_C])[..., None]
+
+    def bring(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) of this rank's positions → (B, C, D) of its places."""
+        x_BCD = x_BSD.gather(1, self.column_BC1.expand(-1, -1, x_BSD.shape[2]))
+        if self.sequence.size == 1:
+            return x_BCD
+        return reduce_scatter(x_BCD.masked_fill(self.away_BC1, 0.0), 1, self.sequence)
+
+    def add(self, x_BSD: Tensor, gate_BS: Tensor, f_BCD: Tensor) -> Tensor:
+        """``x_BSD`` plus, for the tokens that pass, ``gate_BS`` times what their places hold."""
+        f_BCD = gather(f_BCD, 1, self.sequence)
+        y_BCD = gate_BS.gather(1, self.column_BC1[..., 0])[..., None] * f_BCD
+        y_BCD = y_BCD.to(x_BSD.dtype).masked_fill(self.skips_BC1, 0.0)
+        return x_BSD.scatter_add(1, self.column_BC1.expand_as(y_BCD), y_BCD)
+
+
+def whole_sequences(info: TokenInfo, x_BSD: Tensor, axes: Axes) -> TokenInfo:
+    """Of the sequences that ranks of ``axes.sequence`` hold parts of, the facts of all tokens, by
+    position: (B · S). ``x_BSD``: this rank's activations, for their shape."""
+    if axes.sequence.size == 1:
+        return info
+    parts = [fact for fact in vars(info).values() if isinstance(fact, Tensor)]
+    if not parts:
+        return info
+    facts_BSN = torch.stack([part.view(x_BSD.shape[:2]).long() for part in parts], -1)
+    whole = iter(_by_position(facts_BSN, axes).unbind(-1))
+    return info.map(lambda part: next(whole).flatten().to(part.dtype))
+
+
+def _by_position(x: Tensor, axes: Axes) -> Tensor:
+    """(B, S, …) of this rank → of whole sequences, in the order of their positions."""
+    x = gather(x, 1, axes.sequence)
+    if axes.cp.size == 1:
+        return x
+    return x[:, all_context_positions(x.shape[1], axes.cp, x.device).argsort()]
