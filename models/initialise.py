@@ -11,6 +11,7 @@ from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.experts import Experts
 from coterie.moe.feed_forward import FeedForward
 from coterie.moe.layer import MoELayer
+from coterie.moe.routers.auxiliary import AuxiliaryRouter
 from coterie.moe.routers.base import Router
 
 
@@ -21,8 +22,8 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
-    depth (GPT-2). Embedding, an output layer tied to it, and router: 0.02; a router's bias: 0. Norm
-    gains: 1. Each expert is drawn by its global id.
+    depth (GPT-2). Embedding, an output layer tied to it, and router (not an auxiliary one): 0.02; a
+    router's bias: 0. Norm gains: 1. Each expert is drawn by its global id.
     """
     damping = residual_branches**-0.5
     for prefix, module in model.named_modules():
@@ -44,6 +45,9 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
                         parameter.zero_()
                     else:
                         _draw(module, name, 0.02, seed, prefix)
+            case AuxiliaryRouter():
+                for name in ("w_in", "w_out"):
+                    _draw(module, name, box_of(module, name).whole[1] ** -0.5, seed, prefix)
             case MoELayer():
                 if module.shared_gate_D is not None:
                     module.shared_gate_D.zero_()
