@@ -19,6 +19,7 @@ from coterie.models.untied import Modalities, UntieConfig, UntiedFeedForward, bl
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
+from coterie.moe.routers.auxiliary import train_auxiliary_alone
 from coterie.moe.routers.base import Router
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
@@ -153,6 +154,16 @@ class DecoderConfig(Config):
     def first_like(self, layer: int) -> int:
         """The first of the blocks that share attention and feed-forward with ``layer``."""
         return layer - layer % self.shared_depth
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether auxiliary routers are trained, and they alone."""
+        return self.moe is not None and self.moe.router.foresees
+
+    @property
+    def causal(self) -> bool:
+        """Whether in evaluation a token's logits do not depend on the tokens after it."""
+        return self.moe is None or self.moe.router.causal
 
 
 class DecoderOutput(NamedTuple):
@@ -301,6 +312,8 @@ class Decoder(nn.Module):
         self.embedding: VocabularyEmbedding | None = None
         if part.embedding:
             self.embedding = VocabularyEmbedding(config.vocabulary, config.width, axes.tp)
+        if config.auxiliary:  # nothing that a backward pass needs is kept
+            recompute = "none"
         # names carry the number in the whole model
         blocks: dict[str, Block] = {}
         for layer in part.blocks:
@@ -315,6 +328,8 @@ class Decoder(nn.Module):
             self.head = VocabularyHead(config.width, config.vocabulary, axes.tp)
         self.tied = config.tie_embeddings and part.embedding and part.head
         self.tie()
+        if config.auxiliary:
+            train_auxiliary_alone(self)
 
     def tie(self) -> None:
         """Give the output layer the embedding's weights, if it shares them."""

@@ -20,15 +20,20 @@ class RoutingStats:
     """int64 scalar: tokens routed (padding excluded)."""
     entropy: Tensor
     """float scalar: sum over tokens of the router's entropy, nats."""
+    foresight: Tensor | None = None
+    """float64 (4,): how well auxiliary routers foresaw the choice
+    (:func:`coterie.moe.routers.auxiliary.foresight`); None: there are none, or they chose."""
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
-        return RoutingStats(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return RoutingStats(**{name: None if a is None else a + b for name, (a, b) in pairs.items()})
 
 
 def routing_stats(
-    assignment: Assignment, prob_TE: Tensor, padding_T: Tensor | None
+    assignment: Assignment,
+    prob_TE: Tensor,
+    padding_T: Tensor | None,
+    foresight: Tensor | None = None,
 ) -> RoutingStats:
     """Of a router that drops nothing. ``prob_TE``: each token's probabilities, without gradient."""
     if padding_T is not None:
@@ -41,4 +46,5 @@ def routing_stats(
         dropped_E=torch.zeros_like(assignment.load_E),
         tokens=tokens,
         entropy=torch.special.entr(prob_TE).sum(),
+        foresight=foresight,
     )

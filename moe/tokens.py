@@ -31,6 +31,8 @@ class TokenInfo:
     layout and in a recompute. Absent: routing is without noise (evaluation)."""
     k: int | None = None
     """Experts for each token; None: as many as the router is configured for."""
+    by_choice: bool = False
+    """In evaluation too, routers with auxiliary routers choose among all tokens, later ones too."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TokenInfo":
         """The same with ``change`` applied to each tensor."""

@@ -1,5 +1,7 @@
 """A forward pass alone through all stages: for evaluation and generation."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -7,31 +9,54 @@ from torch import Tensor
 
 from coterie.comm.sequence import all_context_positions, context_part, gather
 from coterie.models import Decoder
+from coterie.models.decoder import DecoderOutput
 from coterie.moe.tokens import TokenInfo
 from coterie.parallel.micro_batch import by_row, local_info
-from coterie.parallel.model import ParallelModel
+from coterie.parallel.model import ParallelModel, Stage
 from coterie.parallel.precision import Precision, autocast
 from coterie.parallel.sharding import release
 
 
 @torch.no_grad()
 def forward(
-    model: ParallelModel, tokens_BS: Tensor, info: TokenInfo, precision: Precision
+    model: ParallelModel,
+    tokens_BS: Tensor,
+    info: TokenInfo,
+    precision: Precision,
+    see: Callable[[DecoderOutput], None] | None = None,
 ) -> Tensor | None:
     """Logits of this rank's positions and ids (B, S / cp, V / tp), None before the last stage.
 
-    ``tokens_BS``: whole sequences; ``info``: of this rank's tokens. All ranks call.
+    ``tokens_BS``: whole sequences; ``info``: of this rank's tokens; ``see`` is shown what each
+    stage of this rank gives. All ranks call.
     """
+
+    def job(decoder: Decoder, x: Tensor, micro: int) -> Tensor:
+        with autocast(precision, model.ranks.device):
+            output: DecoderOutput = decoder(x, info)
+        if see is not None:
+            see(output)
+        return output.x
+
+    def run(stage: Stage, x: Tensor) -> Tensor:
+        stage.job = job
+        y: Tensor = stage(x, torch.zeros(1, dtype=torch.int64))
+        release(stage)
+        return y
+
+    return through_stages(model, tokens_BS, run)
+
+
+def through_stages(
+    model: ParallelModel, tokens_BS: Tensor, run: Callable[[Stage, Tensor], Tensor]
+) -> Tensor | None:
+    """One micro-batch through all stages, each of which ``run`` calls: what the last one gives,
+    None on ranks without it. ``tokens_BS``: whole sequences. All ranks call."""
     ranks = model.ranks
     layout, axes, pipe = ranks.layout, ranks.axes, ranks.groups.get("pp")
     rows, length = tokens_BS.shape
     shape = (rows, length // (layout.cp * layout.tp), model.config.width)
     dtype = next(model.parameters()).dtype
-
-    def job(decoder: Decoder, x: Tensor, micro: int) -> Tensor:
-        with autocast(precision, ranks.device):
-            return decoder(x, info).x
-
     x: Tensor | None = None
     for number, stage in zip(model.stage_numbers, model.each_stage(), strict=True):
         if number == 0:
@@ -40,9 +65,7 @@ def forward(
             x = torch.empty(shape, dtype=dtype, device=ranks.device)
             dist.recv(x, group=pipe, group_src=layout.rank_of_stage(number - 1))
         assert x is not None
-        stage.job = job
-        x = stage(x, torch.zeros(1, dtype=torch.int64))
-        release(stage)
+        x = run(stage, x)
         if number == layout.stages - 1:
             return x
         if layout.rank_of_stage(number + 1) != ranks.place.pp:

@@ -103,7 +103,8 @@ def clip(model: ParallelModel, norm: Tensor, limit: float) -> None:
     scale = limit / (norm + 1e-6)
     if scale < 1:
         gradients = [gradient for _, gradient in _gradients(model)]
-        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        if gradients:  # a stage may have frozen parameters alone
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
 
 
 def _gradients(model: ParallelModel) -> list[tuple[str, Tensor]]:

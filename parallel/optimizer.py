@@ -16,7 +16,7 @@ OptimizerKind = Literal["adamw", "muon"]
 
 
 class OptimizerConfig(Config):
-    """AdamW or Muon, with linear warm-up and cosine decay."""
+    """AdamW or Muon, with linear warm-up and a decay."""
 
     kind: OptimizerKind = "adamw"
     """muon: each matrix is updated by its momentum made orthogonal (every expert's by itself); the
@@ -25,6 +25,8 @@ class OptimizerConfig(Config):
     """Peak learning rate."""
     final_lr: float = Field(default=0.1, ge=0, le=1)
     """Where the decay ends, after the last step: a fraction of the peak."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls from its peak."""
     warmup: int = Field(default=50, ge=0)
     """Steps of linear warm-up from zero."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -54,9 +56,9 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """The rate for the update that follows ``step`` finished ones, of ``steps`` in all."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+    progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+    left = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")

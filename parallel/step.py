@@ -13,13 +13,15 @@ from coterie.models import Decoder
 from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.finite import require_finite
+from coterie.parallel.forward import through_stages
 from coterie.parallel.frozen import update_frozen
 from coterie.parallel.gradients import clip, global_norm, sum_gradients
 from coterie.parallel.micro_batch import token_info
-from coterie.parallel.model import ParallelModel
+from coterie.parallel.model import ParallelModel, Stage
 from coterie.parallel.optimizer import Optimizer
 from coterie.parallel.pipeline import Pipeline, with_loss
 from coterie.parallel.precision import Precision, autocast
+from coterie.parallel.sharding import release
 from coterie.parallel.tally import Tally
 
 
@@ -139,12 +141,29 @@ def forward_backward(
     job = _TrainingJob(batches, targets, settings, tally, model)
     for stage in model.each_stage():
         stage.job = job
-    if ranks.layout.pp == 1:
+    if model.config.auxiliary:
+        for micro, batch in enumerate(batches):
+            _stage_by_stage(model, batch.tokens_BS, micro)
+    elif ranks.layout.pp == 1:
         (stage,) = model.each_stage()
         for micro, tokens_BS in enumerate(tokens):
             stage(tokens_BS, torch.tensor([micro])).sum().backward()
     else:
         _pipeline(model, len(batches), tokens[0]).step(torch.cat(tokens))
+
+
+def _stage_by_stage(model: ParallelModel, tokens_BS: Tensor, micro: int) -> None:
+    """Both passes of one micro-batch where auxiliary routers alone are trained: no gradient crosses
+    from one stage to another, so that each has its backward pass right away."""
+
+    def run(stage: Stage, x: Tensor) -> Tensor:
+        y: Tensor = stage(x, torch.tensor([micro]))
+        if y.requires_grad:
+            y.sum().backward()
+        release(stage)
+        return y.detach()
+
+    through_stages(model, tokens_BS, run)
 
 
 def _pipeline(model: ParallelModel, micro_batches: int, tokens_BS: Tensor) -> Pipeline:

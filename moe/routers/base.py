@@ -50,6 +50,17 @@ class BaseRouterConfig(Config):
         return ()
 
     @property
+    def causal(self) -> bool:
+        """Whether in evaluation a token's experts do not depend on the tokens after it. If they do,
+        the loss is not that of a model that can generate."""
+        return True
+
+    @property
+    def foresees(self) -> bool:
+        """Whether it has auxiliary routers, which are trained to foresee its choices."""
+        return False
+
+    @property
     def rows_per_token(self) -> float:
         """Experts that a token goes to, on average."""
         raise NotImplementedError(f"{type(self).__name__} must define rows_per_token")

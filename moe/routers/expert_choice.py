@@ -2,7 +2,7 @@
 
 Every expert has the same number of rows, so nothing needs balancing; a token may have none or
 many. Which tokens are taken depends on all others, later ones too: the loss is not that of a causal
-model.
+model, until auxiliary routers foresee the choice (:mod:`coterie.moe.routers.auxiliary`).
 """
 
 from typing import Literal, Self
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coterie.comm.axis import Axes
 from coterie.core.random import uniform
 from coterie.moe.assignment import Assignment, count
+from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
 from coterie.moe.routers.competition import chosen
 from coterie.moe.stats import routing_stats
@@ -33,12 +34,28 @@ class ExpertChoiceSettings(BaseRouterConfig):
     layout), or only on their rank."""
     noise: bool = False
     """In training, add Gumbel noise to the logits (Gumbel-sigmoid; needs `score: sigmoid`)."""
+    auxiliary: bool = False
+    """The model's second stage: auxiliary routers learn to foresee from a token alone which experts
+    take it, while all else stays as it is (and there is no noise); in evaluation they choose, so
+    that routing is causal. `coterie train RUN --stage aux` sets it."""
 
     @model_validator(mode="after")
     def _noise(self) -> Self:
         if self.noise and self.score != "sigmoid":
             raise ValueError("noise needs score sigmoid, not softmax")
         return self
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        return ("auxiliary",) if self.auxiliary else ()
+
+    @property
+    def causal(self) -> bool:
+        return self.auxiliary
+
+    @property
+    def foresees(self) -> bool:
+        return self.auxiliary
 
     @property
     def rows_per_token(self) -> float:
@@ -82,16 +99,31 @@ class ExpertChoiceRouter(Router):
         self.axes = axes
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(len(groups), width))
+        self.auxiliary: nn.ModuleList | None = None
+        if config.auxiliary:
+            sizes = (groups.count(group) for group in range(max(groups) + 1))
+            self.auxiliary = nn.ModuleList(AuxiliaryRouter(width, size) for size in sizes)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         if info.k is not None:
             self.config.check_k(info.k, len(self.groups))
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD, info)
-            open_TE = self._open(x_TD, info)
+            group_T = self.group_of(x_TD, info)
+            open_TE = self._open(group_T, info)
             score_TE, rank_TE = self._scores(logits_TE, open_TE)
-            each_E = self._share(open_TE.device)
-            chosen_ET = chosen(rank_TE, open_TE, each_E, info, self.axes, self.config.scope)
+            foreseen_TE = self._foreseen(x_TD, group_T)
+            losses: dict[str, Tensor] = {}
+            seen: Tensor | None = None
+            if foreseen_TE is not None and not (self.training or info.by_choice):
+                chosen_ET = ((foreseen_TE > 0) & open_TE).t()
+            else:
+                each_E = self._share(open_TE.device)
+                chosen_ET = chosen(rank_TE, open_TE, each_E, info, self.axes, self.config.scope)
+                if foreseen_TE is not None:
+                    pairs = (foreseen_TE, chosen_ET.t(), open_TE)
+                    losses["auxiliary"] = foresight_loss(*pairs, self.axes.data)
+                    seen = foresight(*pairs)
             expert_A, token_A = chosen_ET.nonzero(as_tuple=True)
             assignment = Assignment(
                 token_A=token_A,
@@ -101,8 +133,8 @@ class ExpertChoiceRouter(Router):
             )
             seen_TE = score_TE.detach().masked_fill(~open_TE, 0.0)
             prob_TE = seen_TE / (seen_TE.sum(-1, keepdim=True) + 1e-20)
-            stats = routing_stats(assignment, prob_TE, info.padding_T)
-        return Routing(assignment, {}, stats)
+            stats = routing_stats(assignment, prob_TE, info.padding_T, seen)
+        return Routing(assignment, losses, stats)
 
     def group_of(self, x_TD: Tensor, info: TokenInfo) -> Tensor:
         """int64 (T,): the group of experts that each token belongs to."""
@@ -110,17 +142,32 @@ class ExpertChoiceRouter(Router):
 
     def _logits(self, x_TD: Tensor, info: TokenInfo) -> Tensor:
         logits_TE = x_TD.to(self.weight.dtype) @ self.weight.t()
-        if self.training and self.config.noise and info.key_T is not None:
+        noise = self.training and self.config.noise and not self.config.auxiliary
+        if noise and info.key_T is not None:
             logits_TE = logits_TE + _logistic(info.key_T, logits_TE)
         return logits_TE
 
-    def _open(self, x_TD: Tensor, info: TokenInfo) -> Tensor:
+    def _open(self, group_T: Tensor, info: TokenInfo) -> Tensor:
         """bool (T, E): the tokens that an expert may take."""
-        group_E = torch.tensor(self.groups, device=x_TD.device)
-        open_TE = self.group_of(x_TD, info)[:, None] == group_E
+        group_E = torch.tensor(self.groups, device=group_T.device)
+        open_TE = group_T[:, None] == group_E
         if info.padding_T is not None:
             open_TE = open_TE & ~info.padding_T[:, None]
         return open_TE
+
+    def _foreseen(self, x_TD: Tensor, group_T: Tensor) -> Tensor | None:
+        """The auxiliary routers' logits (T, E), zero for experts of other groups; None: there are
+        none."""
+        if self.auxiliary is None:
+            return None
+        group_E = torch.tensor(self.groups, device=x_TD.device)
+        logits_TE = x_TD.new_zeros(x_TD.shape[0], len(self.groups), dtype=self.weight.dtype)
+        for group, auxiliary in enumerate(self.auxiliary):
+            token_T1 = (group_T == group).nonzero()
+            expert_E = (group_E == group).nonzero().view(-1)
+            mine_TE = auxiliary(x_TD[token_T1.view(-1)])
+            logits_TE = logits_TE.index_put((token_T1, expert_E), mine_TE)
+        return logits_TE
 
     def _scores(self, logits_TE: Tensor, open_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Combine weights, and what experts rank tokens by: in the same order as the weights, but

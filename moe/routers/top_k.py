@@ -71,6 +71,11 @@ class TopKConfig(BaseRouterConfig):
         return tuple(name for name, coefficient in named.items() if coefficient)
 
     @property
+    def causal(self) -> bool:
+        """Not where a later token with a higher score may take a token's place."""
+        return self.capacity_factor is None or self.drop == "position"
+
+    @property
     def rows_per_token(self) -> float:
         return self.k
 
