@@ -28,6 +28,9 @@ from coterie.core.config import Config
 TEXT, IMAGE = 0, 1
 """Modality ids."""
 
+MODALITIES = ("text", "image")
+"""Their names, by id."""
+
 BYTES = 256
 
 Tokens = npt.NDArray[np.uint16]

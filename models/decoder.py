@@ -18,7 +18,7 @@ from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
 from coterie.moe.routers.base import Router
-from coterie.moe.stats import RoutingStats
+from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
 Recompute = Literal["none", "selective", "full"]
@@ -135,7 +135,7 @@ class DecoderOutput(NamedTuple):
     """Activations (B, S, D), or what the output layer makes of them: logits (B, S, V)."""
     losses: dict[str, Tensor]
     """Router losses by name, summed over layers: this rank's shares, coefficients applied."""
-    stats: dict[int, RoutingStats]
+    stats: dict[int, LayerStats]
     """By the number of each mixture-of-experts layer."""
 
 
@@ -186,7 +186,7 @@ class Block(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+    ) -> tuple[Tensor, dict[str, Tensor], LayerStats | None]:
         """``document_BS``: of whole sequences, where attention is kept inside documents."""
         if self.recompute == "full" and torch.is_grad_enabled():
             # inside the module: FSDP's hooks stand around it
@@ -195,7 +195,7 @@ class Block(nn.Module):
 
     def _run(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], RoutingStats | None]:
+    ) -> tuple[Tensor, dict[str, Tensor], LayerStats | None]:
         entering_BSD = x_BSD if self.route_before_attention else None
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
             x = self.embedding(x)
         document_BS = self._documents(info, x.shape[0])
         losses: dict[str, Tensor] = {}
-        stats: dict[int, RoutingStats] = {}
+        stats: dict[int, LayerStats] = {}
         for block in cast(Iterable[Block], self.blocks.values()):
             x, own, seen = block(x, info, document_BS)
             for name, loss in own.items():

@@ -5,14 +5,12 @@ from torch import Tensor
 
 from coterie.comm.reduce import sum_over
 from coterie.comm.sequence import context_part
-from coterie.data import IGNORE, IMAGE, TEXT, TokenDataset, each_row
+from coterie.data import IGNORE, MODALITIES, TokenDataset, each_row
 from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.forward import forward
 from coterie.parallel.micro_batch import token_info
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision
-
-MODALITIES = {"text": TEXT, "image": IMAGE}
 
 
 @torch.no_grad()
@@ -50,10 +48,10 @@ def evaluate(
         if sequences is not None:
             counted_BS = counted_BS & (part.index_B < sequences)[:, None]
         modality_BS = dataset.vocabulary.modality(targets_BS)
-        for column, modality in enumerate(MODALITIES.values()):
+        for modality in range(len(MODALITIES)):
             mask_BS = counted_BS & (modality_BS == modality)
-            sums[0, column] += (entropy_BS.double() * mask_BS).sum()
-            sums[1, column] += mask_BS.sum()
+            sums[0, modality] += (entropy_BS.double() * mask_BS).sum()
+            sums[1, modality] += mask_BS.sum()
     model.train(was_training)
     return _means(sum_over(sums, ranks.everyone))
 

@@ -26,6 +26,7 @@ from tests.parallel.tiny import (
     SEQUENCE,
     VOCABULARY,
     decoder_of,
+    load_of,
     model_of,
     relative_error,
     sampler_of,
@@ -172,7 +173,8 @@ def test_token_facts_come_from_the_batch(data: Path) -> None:
 
 
 def report_with(load: dict[int, list[int]]) -> StepReport:
-    return StepReport(1, 1.0, {}, 1.0, 1.0, 1, load, {}, {}, 1.0, False)
+    layers = {layer: load_of([rows]) for layer, rows in load.items()}
+    return StepReport(1, 1.0, {}, 1.0, 1.0, 1, layers, 1.0, False)
 
 
 def test_skew_is_that_of_the_worst_layer() -> None:
