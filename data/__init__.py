@@ -15,13 +15,14 @@ from coterie.data.images import read_image, to_grey
 from coterie.data.manifest import Manifest
 from coterie.data.sampler import Sampler, each_row
 from coterie.data.shards import TokenDataset, open_dataset
-from coterie.data.vocabulary import IMAGE, TEXT, Vocabulary
+from coterie.data.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
 from coterie.data.writer import DatasetWriter, write_dataset
 
 __all__ = [
     "IGNORE",
     "IMAGE",
     "IMAGE_SUFFIXES",
+    "MODALITIES",
     "TEXT",
     "TEXT_SUFFIXES",
     "Batch",

@@ -27,8 +27,8 @@ from coterie.core.config import Config
 
 TEXT, IMAGE = 0, 1
 """Modality ids."""
-MODALITIES = {"text": TEXT, "image": IMAGE}
-"""All of them, by name."""
+MODALITIES = ("text", "image")
+"""Their names, by id."""
 
 BYTES = 256
 

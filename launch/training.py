@@ -23,6 +23,7 @@ from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environ
 from coterie.parallel.monitors import (
     Certificates,
     JsonLines,
+    LoadLines,
     Monitor,
     RunFacts,
     TensorBoard,
@@ -98,6 +99,7 @@ def _monitors(config: RunConfig) -> list[Monitor]:
     return [
         Terminal(),
         JsonLines(every),
+        LoadLines(config.monitor.heat_map_every),
         TensorBoard(every, config.monitor.heat_map_every),
         Certificates(),
     ]

@@ -21,7 +21,7 @@ from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
 from coterie.moe.routers.auxiliary import train_auxiliary_alone
 from coterie.moe.routers.base import Router
-from coterie.moe.stats import RoutingStats
+from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
 Recompute = Literal["none", "selective", "full"]
@@ -163,7 +163,9 @@ class DecoderConfig(Config):
     @property
     def causal(self) -> bool:
         """Whether in evaluation a token's logits do not depend on the tokens after it."""
-        return self.moe is None or self.moe.router.causal
+        depths = self.mixture_of_depths
+        routing = self.moe is None or self.moe.router.causal
+        return routing and (depths is None or depths.causal)
 
 
 class DecoderOutput(NamedTuple):
@@ -173,7 +175,7 @@ class DecoderOutput(NamedTuple):
     """Activations (B, S, D), or what the output layer makes of them: logits (B, S, V)."""
     losses: dict[str, Tensor]
     """Router losses by name, summed over layers: this rank's shares, coefficients applied."""
-    stats: dict[int, RoutingStats]
+    stats: dict[int, LayerStats]
     """By the number of each mixture-of-experts layer."""
 
 
@@ -354,7 +356,7 @@ class Decoder(nn.Module):
         if self.untie.any:
             modalities = Modalities.of(info, x.shape[:2], self.untie.modalities, self.axes.tp)
         losses: dict[str, Tensor] = {}
-        stats: dict[int, RoutingStats] = {}
+        stats: dict[int, LayerStats] = {}
         for block in cast(Iterable[Block], self.blocks.values()):
             x, own, seen = block(x, info, document_BS, modalities)
             for name, loss in own.items():

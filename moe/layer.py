@@ -17,7 +17,7 @@ from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.routers.base import Router
 from coterie.moe.routers.config import RouterConfig
 from coterie.moe.routers.top_k import TopKConfig
-from coterie.moe.stats import RoutingStats
+from coterie.moe.stats import LayerStats, layer_stats
 from coterie.moe.tokens import TokenInfo
 
 
@@ -60,7 +60,7 @@ class MoEOutput(NamedTuple):
     y: Tensor
     losses: dict[str, Tensor]
     """Scalars to add to the training loss: this rank's share, coefficients applied."""
-    stats: RoutingStats
+    stats: LayerStats
 
 
 class MoELayer(nn.Module):
@@ -99,7 +99,9 @@ class MoELayer(nn.Module):
         what the router sees of them (same shape), if not ``x``."""
         x_TD = x.reshape(-1, x.shape[-1])
         seen_TD = x_TD if route_by is None else route_by.reshape(x_TD.shape)
-        assignment, losses, stats = self.router(seen_TD, info or TokenInfo())
+        info = info or TokenInfo()
+        assignment, losses, routed = self.router(seen_TD, info)
+        stats = layer_stats(routed, assignment, info, x_TD.shape[0])
         assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
         y_TD = self.experts.over(self.exchange, x_TD, assignment)
         if self.shared is not None:

@@ -1,16 +1,23 @@
-"""What a router saw: counts that add up over micro-steps, ranks and recomputed passes."""
+"""What a layer saw: counts that add up over micro-steps, ranks and recomputed passes.
+
+A router reports what it alone knows (:class:`RoutingStats`). The rest is counted by the layer, for
+every router alike, from the rows it decided on and the facts about its tokens
+(:class:`LayerStats`).
+"""
 
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from coterie.moe.assignment import Assignment
+from coterie.moe.assignment import Assignment, count
+from coterie.moe.tokens import TokenInfo
 
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Counts of one layer on this rank; every field is a sum, so stats add with ``+``."""
+    """Counts of one router on this rank; every field is a sum, so stats add with ``+``."""
 
     load_E: Tensor
     """int64: rows sent to each (global) expert."""
@@ -24,9 +31,24 @@ class RoutingStats:
     """float64 (4,): how well auxiliary routers foresaw the choice
     (:func:`coterie.moe.routers.auxiliary.foresight`); None: there are none, or they chose."""
 
-    def __add__(self, other: "RoutingStats") -> "RoutingStats":
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return RoutingStats(**{name: None if a is None else a + b for name, (a, b) in pairs.items()})
+    def __add__(self, other: Self) -> Self:
+        sums: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            mine = getattr(self, name)
+            sums[name] = None if mine is None else mine + getattr(other, name)
+        return type(self)(**sums)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats(RoutingStats):
+    """Counts of one layer on this rank, also by modality (M = ``TokenInfo.modalities``)."""
+
+    load_ME: Tensor
+    """int64: rows of each modality sent to each expert; sums to ``load_E`` over M."""
+    tokens_M: Tensor
+    """int64: tokens of each modality (padding excluded); sums to ``tokens``."""
+    unrouted_M: Tensor
+    """int64: of these, tokens that no expert has: not chosen, or dropped by all they chose."""
 
 
 def routing_stats(
@@ -48,3 +70,42 @@ def routing_stats(
         entropy=torch.special.entr(prob_TE).sum(),
         foresight=foresight,
     )
+
+
+@torch.no_grad()
+def layer_stats(
+    stats: RoutingStats, assignment: Assignment, info: TokenInfo, num_tokens: int
+) -> LayerStats:
+    """``stats``, and what ``assignment`` says of the ``num_tokens`` tokens that ``info`` is about.
+
+    Nothing here waits for the device. A modality id outside 0 … ``info.modalities`` - 1 is an
+    index out of range.
+    """
+    idle_T = torch.ones(num_tokens, dtype=torch.bool, device=assignment.token_A.device)
+    idle_T.index_fill_(0, assignment.token_A, False)
+    if info.padding_T is not None:
+        idle_T &= ~info.padding_T
+    if info.modalities == 1:
+        load_ME, tokens_M, unrouted_M = stats.load_E[None], stats.tokens[None], idle_T.sum()[None]
+    else:
+        load_ME, tokens_M, unrouted_M = _by_modality(stats, assignment, info, idle_T)
+    return LayerStats(**vars(stats), load_ME=load_ME, tokens_M=tokens_M, unrouted_M=unrouted_M)
+
+
+def _by_modality(
+    stats: RoutingStats, assignment: Assignment, info: TokenInfo, idle_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, tokens, unrouted tokens) of each modality; ``idle_T``: tokens without a row."""
+    modality_T, modalities = info.modality_T, info.modalities
+    if modality_T is None:
+        raise ValueError(f"counting {modalities} modalities needs the modality_T of the tokens")
+    if info.padding_T is not None:
+        modality_T = modality_T.masked_fill(info.padding_T, 0)
+    tokens_M2 = count(2 * modality_T + idle_T, 2 * modalities).view(modalities, 2)
+    tokens_M = tokens_M2.sum(1)
+    if info.padding_T is not None:  # it was counted among the first
+        tokens_M[0] -= idle_T.numel() - stats.tokens
+    experts = stats.load_E.numel()
+    cell_A = modality_T[assignment.token_A] * experts + assignment.expert_A
+    load_ME = count(cell_A, modalities * experts).view(modalities, experts)
+    return load_ME, tokens_M, tokens_M2[:, 1]

@@ -18,6 +18,9 @@ class TokenInfo:
     """int64 id of each token in the vocabulary."""
     modality_T: Tensor | None = None
     """int64 modality id of each token."""
+    modalities: int = 1
+    """How many modality ids there are, for counting: known here, not read off the tensor, which a
+    device would have to be waited for. 1: rows are not counted by modality."""
     padding_T: Tensor | None = None
     """bool: True for padding, which is neither routed nor counted."""
     sequence_T: Tensor | None = None

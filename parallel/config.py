@@ -66,4 +66,5 @@ class MonitorConfig(Config):
     every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl and points of TensorBoard."""
     heat_map_every: int = Field(default=100, ge=1)
-    """Steps between layer × expert heat maps in TensorBoard."""
+    """Steps between lines of load.jsonl (the columns of `coterie report`'s heat maps) and between
+    heat maps in TensorBoard. Each sums up the steps since the one before."""

@@ -6,12 +6,10 @@ A figure of routers that look at later tokens says so in its name: ``non_causal/
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from coterie.comm.reduce import sum_over
 from coterie.comm.sequence import context_part
-from coterie.data import IGNORE, Batch, TokenDataset, each_row
-from coterie.data.vocabulary import MODALITIES
+from coterie.data import IGNORE, MODALITIES, Batch, TokenDataset, each_row
 from coterie.models.decoder import DecoderOutput
 from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.forward import forward
@@ -86,10 +84,10 @@ class _Pass:
                 continue
             counted_BS = targets_BS != IGNORE
             modality_BS = dataset.vocabulary.modality(targets_BS)
-            for column, modality in enumerate(MODALITIES.values()):
+            for modality in range(len(MODALITIES)):
                 mask_BS = counted_BS & (modality_BS == modality)
-                self._losses[0, column] += (entropy_BS.double() * mask_BS).sum()
-                self._losses[1, column] += mask_BS.sum()
+                self._losses[0, modality] += (entropy_BS.double() * mask_BS).sum()
+                self._losses[1, modality] += mask_BS.sum()
         self._losses = sum_over(self._losses, ranks.everyone)
         self._foresight = sum_over(self._foresight, ranks.everyone)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from coterie.comm.axis import Axes
 from coterie.comm.sequence import sequence_part
 from coterie.core.random import fold, fold_in
-from coterie.data import Batch
+from coterie.data import MODALITIES, Batch
 from coterie.moe.tokens import TokenInfo
 
 
@@ -27,6 +27,7 @@ def token_info(
     info = TokenInfo(
         token_T=batch.tokens_BS.flatten(),
         modality_T=batch.modality_BS.flatten(),
+        modalities=len(MODALITIES),
         padding_T=batch.padding_BS.flatten(),
         sequence_T=sequence_B[:, None].expand_as(batch.tokens_BS).flatten(),
         position_T=position_BS.flatten(),

@@ -16,6 +16,7 @@ from coterie.parallel.finite import require_finite
 from coterie.parallel.forward import through_stages
 from coterie.parallel.frozen import update_frozen
 from coterie.parallel.gradients import clip, global_norm, sum_gradients
+from coterie.parallel.load import LayerLoad
 from coterie.parallel.micro_batch import token_info
 from coterie.parallel.model import ParallelModel, Stage
 from coterie.parallel.optimizer import Optimizer
@@ -40,21 +41,36 @@ class StepReport:
     lr: float
     tokens: int
     """Tokens without padding."""
-    load: dict[int, list[int]]
-    """Rows for each expert, by layer."""
-    dropped: dict[int, int]
-    """Rows over capacity, by layer."""
-    entropy: dict[int, float]
-    """Mean entropy of the routing probabilities by layer, nats."""
+    layers: dict[int, LayerLoad]
+    """What the experts had to do, by layer."""
     seconds: float
     stop: bool
     """Some rank was asked to stop."""
 
     @property
+    def load(self) -> dict[int, list[int]]:
+        """Rows for each expert, by layer."""
+        return {layer: load.rows_E.tolist() for layer, load in self.layers.items()}
+
+    @property
+    def dropped(self) -> dict[int, int]:
+        """Rows over capacity, by layer."""
+        return {layer: load.dropped for layer, load in self.layers.items()}
+
+    @property
+    def entropy(self) -> dict[int, float]:
+        """Mean entropy of the routing probabilities by layer, nats."""
+        return {layer: load.entropy for layer, load in self.layers.items()}
+
+    @property
     def skew(self) -> float:
         """Load of the busiest expert over the mean load, in the worst layer; 1 when balanced."""
-        ratios = [max(rows) * len(rows) / max(1, sum(rows)) for rows in self.load.values()]
-        return max(ratios, default=1.0)
+        return max((load.skew for load in self.layers.values()), default=1.0)
+
+    @property
+    def rank_skew(self) -> float:
+        """The same of the ranks that hold a layer's experts."""
+        return max((load.rank_skew for load in self.layers.values()), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,7 @@ def train_step(
         clip(model, norm, settings.clip)
     optimizer.step()
     optimizer.zero_grad()
-    layers = totals.layers
-    update_frozen(model, {layer: seen.load for layer, seen in layers.items()})
+    update_frozen(model, {layer: load.rows_E.tolist() for layer, load in totals.layers.items()})
     return StepReport(
         step=step,
         loss=loss,
@@ -112,9 +127,7 @@ def train_step(
         grad_norm=float(norm),
         lr=optimizer.lr,
         tokens=int(totals.numbers["tokens"]),
-        load={layer: seen.load for layer, seen in layers.items()},
-        dropped={layer: seen.dropped for layer, seen in layers.items()},
-        entropy={layer: seen.entropy for layer, seen in layers.items()},
+        layers=totals.layers,
         seconds=time.perf_counter() - started,
         stop=totals.numbers["stop"] > 0,
     )

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,7 +103,14 @@ class Trainer:
         """
         self._folder = folder
         levels = self.sampler.dataset.vocabulary.levels
-        facts = RunFacts(folder, self.train.steps, self.step, levels)
+        facts = RunFacts(
+            folder,
+            self.train.steps,
+            self.step,
+            levels,
+            self.ranks.layout.describe(),
+            self.ranks.world,
+        )
         stopped = False
         with _stop_signals() as asked:
             self._tell(lambda monitor: monitor.start(facts))
@@ -113,6 +120,9 @@ class Trainer:
                 if stopped and self.step > self._saved:
                     self._save()
                 self.checkpointer.wait()
+            except NonFiniteError as error:
+                self._tell_failure(str(error))
+                raise
             finally:
                 self._tell(lambda monitor: monitor.close())
         return Outcome(self.step, self.step >= self.train.steps, self.metrics)
@@ -193,6 +203,11 @@ class Trainer:
 
     def _parts(self) -> dict[str, Part]:
         return {**model_parts(self.model), **optimizer_parts(self.model, self.optimizer)}
+
+    def _tell_failure(self, reason: str) -> None:
+        """Where even that cannot be reported, the failure itself still is."""
+        with suppress(UserError):
+            self._tell(lambda monitor: monitor.failure(self.step + 1, reason))
 
     def _tell(self, event: Callable[[Monitor], None]) -> None:
         for monitor in self.monitors:

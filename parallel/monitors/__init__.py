@@ -2,8 +2,16 @@
 
 from coterie.parallel.monitors.base import Monitor, RunFacts
 from coterie.parallel.monitors.certificates import Certificates
-from coterie.parallel.monitors.jsonl import JsonLines
+from coterie.parallel.monitors.jsonl import JsonLines, LoadLines
 from coterie.parallel.monitors.tensorboard import TensorBoard
 from coterie.parallel.monitors.terminal import Terminal
 
-__all__ = ["Certificates", "JsonLines", "Monitor", "RunFacts", "TensorBoard", "Terminal"]
+__all__ = [
+    "Certificates",
+    "JsonLines",
+    "LoadLines",
+    "Monitor",
+    "RunFacts",
+    "TensorBoard",
+    "Terminal",
+]

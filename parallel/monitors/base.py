@@ -21,6 +21,10 @@ class RunFacts:
     """Steps done before this start: 0, or what a resumed checkpoint holds."""
     image_levels: int
     """Grey levels of generated images."""
+    layout: str = "one process"
+    """Short, as in ``tp 2 · ep 4``."""
+    ranks: int = 1
+    """Processes."""
 
 
 class Monitor:
@@ -43,6 +47,9 @@ class Monitor:
 
     def message(self, text: str) -> None:
         """One line for the person at the terminal."""
+
+    def failure(self, step: int, reason: str) -> None:
+        """``step`` could not be taken, which ends the run."""
 
     def close(self) -> None:
         """The run ends; also called when it fails."""

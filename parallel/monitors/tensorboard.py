@@ -1,12 +1,15 @@
-"""TensorBoard: scalars, the layer × expert load, generated images."""
+"""TensorBoard: scalars, heat maps of the load, generated images."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from coterie.data import MODALITIES
+from coterie.parallel.load import LayerLoad, LoadWindow
 from coterie.parallel.monitors.base import Monitor, RunFacts
+from coterie.parallel.monitors.heat_map import Picture, dropped_map, heat_map, unrouted_map
 from coterie.parallel.step import StepReport
 
 _ZOOM = 16  # generated images are a few pixels wide
@@ -20,6 +23,7 @@ class TensorBoard(Monitor):
         self.heat_map_every = heat_map_every
         self._writer: SummaryWriter | None = None
         self._facts: RunFacts | None = None
+        self._since_scalars, self._since_maps = LoadWindow(), LoadWindow()
 
     def start(self, facts: RunFacts) -> None:
         # points of a killed run beyond the checkpoint are dropped from view
@@ -29,12 +33,16 @@ class TensorBoard(Monitor):
 
     def step(self, report: StepReport) -> None:
         assert self._writer is not None and self._facts is not None, "start() comes first"
+        self._since_scalars.add(report.layers)
+        self._since_maps.add(report.layers)
         last = report.step == self._facts.steps
         if report.step % self.every == 0 or last:
-            for name, value in _scalars(report).items():
+            scalars = {**_scalars(report), **_load_scalars(report, self._since_scalars.take())}
+            for name, value in scalars.items():
                 self._writer.add_scalar(name, value, report.step)
-        if report.load and (report.step % self.heat_map_every == 0 or last):
-            self._writer.add_image("load", heat_map(report.load), report.step, dataformats="HWC")
+        if report.layers and (report.step % self.heat_map_every == 0 or last):
+            for name, picture in _pictures(self._since_maps.take()):
+                self._writer.add_image(name, picture, report.step, dataformats="HWC")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         assert self._writer is not None, "start() comes first"
@@ -57,31 +65,46 @@ def _scalars(report: StepReport) -> dict[str, float]:
     return {
         "train/loss": report.loss,
         **{f"router/{name}": value for name, value in report.router_losses.items()},
-        **{f"router/entropy/layer {layer}": value for layer, value in report.entropy.items()},
-        "router/skew": report.skew,
-        "router/dropped": sum(report.dropped.values()),
         "train/grad_norm": report.grad_norm,
         "train/lr": report.lr,
         "train/tokens_per_second": report.tokens / report.seconds,
     }
 
 
-def heat_map(load: dict[int, list[int]]) -> npt.NDArray[np.uint8]:
-    """A picture, (H, W, 3): layers down, experts across, rows over the layer's even share.
+def _load_scalars(report: StepReport, window: dict[int, LayerLoad]) -> dict[str, float]:
+    """Of the step, but for dead experts: those without a row in the whole ``window``."""
+    loads = report.layers
+    found = {
+        "router/skew": report.skew,
+        "router/rank_skew": report.rank_skew,
+        "router/dropped": sum(load.dropped for load in loads.values()),
+        "router/unrouted": sum(load.unrouted for load in loads.values()),
+        "router/dead": sum(load.dead for load in window.values()),
+    }
+    for layer, load in loads.items():
+        of_layer = {
+            "entropy": load.entropy,
+            "skew": load.skew,
+            "rank_skew": load.rank_skew,
+            "dropped": load.dropped,
+            "dead": window[layer].dead,
+        }
+        for modality, name in enumerate(MODALITIES):
+            of_layer[f"unrouted {name}"] = int(load.unrouted_M[modality])
+        found |= {f"router/{name}/layer {layer}": value for name, value in of_layer.items()}
+    return found
 
-    Layers may have different numbers of experts; the missing ones stay white.
-    """
-    experts = max(map(len, load.values()))
-    share_LE = np.full((len(load), experts), np.nan)
-    for row, rows in enumerate(load.values()):
-        share_LE[row, : len(rows)] = np.array(rows) * len(rows) / max(1, sum(rows))
-    figure = Figure(figsize=(2 + 0.35 * min(experts, 64), 1.2 + 0.35 * len(load)), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    drawn = axes.imshow(share_LE, cmap="coolwarm", vmin=0, vmax=2, aspect="auto")
-    axes.set(xlabel="expert", ylabel="layer", title="rows / even share")
-    axes.set_yticks(range(len(load)), [str(layer) for layer in load])
-    figure.colorbar(drawn)
-    figure.tight_layout()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+def _pictures(window: dict[int, LayerLoad]) -> Iterator[tuple[str, Picture]]:
+    """Heat maps by name; what did not occur is not drawn."""
+    yield "load", heat_map({layer: load.rows_E for layer, load in window.items()})
+    for modality, name in enumerate(MODALITIES):
+        rows = {layer: load.rows_ME[modality] for layer, load in window.items()}
+        if any(rows_E.any() for rows_E in rows.values()):
+            yield f"load/{name}", heat_map(rows)
+    if any(load.dropped for load in window.values()):
+        yield "dropped", dropped_map(window)
+    if any(load.unrouted for load in window.values()):
+        yield "unrouted", unrouted_map(window, MODALITIES)
+    if any(load.rows_R.size > 1 for load in window.values()):
+        yield "ranks", heat_map({n: load.rows_R for n, load in window.items()}, "rank")

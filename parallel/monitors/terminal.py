@@ -1,8 +1,11 @@
 """The person at the terminal: a progress bar, or plain lines where the output is a file."""
 
+from collections.abc import Collection
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from coterie.parallel.load import LayerLoad, LoadWindow
 from coterie.parallel.monitors.base import Monitor, RunFacts
 from coterie.parallel.step import StepReport
 
@@ -10,7 +13,8 @@ _SMOOTHING = 0.9
 
 
 class Terminal(Monitor):
-    """Step, loss, tokens/s, expert skew and time left."""
+    """Step, loss, tokens/s, expert skew and time left; where there are any, also rows dropped,
+    tokens unrouted, and experts without a row in ``every`` steps."""
 
     def __init__(self, console: Console | None = None, every: int = 50) -> None:
         self.console = console or Console(stderr=True)
@@ -20,6 +24,8 @@ class Terminal(Monitor):
         self._task: TaskID | None = None
         self._rate = 0.0
         self._steps = 0
+        self._window = LoadWindow()
+        self._dead = 0
 
     def start(self, facts: RunFacts) -> None:
         self._steps = facts.steps
@@ -38,7 +44,11 @@ class Terminal(Monitor):
     def step(self, report: StepReport) -> None:
         rate = report.tokens / report.seconds
         self._rate = rate if not self._rate else _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate
+        self._window.add(report.layers)
+        if self._window.steps == self.every:
+            self._dead = sum(load.dead for load in self._window.take().values())
         told = f"loss {report.loss:.3f}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
+        told += _lost(report.layers.values()) + (f"  dead {self._dead}" if self._dead else "")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=report.step, description=told)
         elif report.step % self.every == 0 or report.step == self._steps:
@@ -54,3 +64,13 @@ class Terminal(Monitor):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _lost(loads: Collection[LayerLoad]) -> str:
+    """Rows dropped and tokens unrouted, as parts of all, where there are any."""
+    told = ""
+    if dropped := sum(load.dropped for load in loads):
+        told += f"  dropped {dropped / (dropped + sum(load.rows for load in loads)):.1%}"
+    if unrouted := sum(load.unrouted for load in loads):
+        told += f"  unrouted {unrouted / sum(int(load.tokens_M.sum()) for load in loads):.1%}"
+    return told

@@ -1,7 +1,8 @@
-"""What a run reports: metrics.jsonl, TensorBoard's files, and the terminal."""
+"""What a run reports: metrics.jsonl, load.jsonl, TensorBoard's files, and the terminal."""
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from coterie.parallel.monitors import JsonLines, RunFacts, TensorBoard, Terminal
-from coterie.parallel.monitors.tensorboard import heat_map
+from coterie.parallel.monitors import JsonLines, LoadLines, RunFacts, TensorBoard, Terminal
+from coterie.parallel.monitors.heat_map import dropped_map, heat_map, unrouted_map
 from coterie.parallel.step import StepReport
+from tests.parallel.tiny import load_of
 
-LOAD = {1: [6, 1, 2, 3], 2: [4, 4]}
+LOAD = {1: [6, 0, 2, 4], 2: [4, 4]}
+LAYERS = {
+    1: load_of(
+        [[5, 0, 1, 0], [1, 0, 1, 4]],
+        dropped_E=[2, 0, 0, 1],
+        tokens_M=[60, 40],
+        unrouted_M=[0, 10],
+        rows_R=[6, 6],
+        entropy=1.5,
+    ),
+    2: load_of([[4, 0], [0, 4]], dropped_E=[0, 1], tokens_M=[60, 40], rows_R=[5, 3], entropy=0.5),
+}
 
 
 def facts(folder: Path, steps: int = 10, first: int = 0) -> RunFacts:
@@ -34,9 +47,7 @@ def report(step: int) -> StepReport:
         grad_norm=2.0,
         lr=0.125,
         tokens=100,
-        load=LOAD,
-        dropped={1: 3, 2: 1},
-        entropy={1: 1.5, 2: 0.5},
+        layers=LAYERS,
         seconds=0.5,
         stop=False,
     )
@@ -61,7 +72,8 @@ def run_jsonl(folder: Path, first: int, until: int, every: int = 1, steps: int =
 
 def test_a_line_holds_the_step(tmp_path: Path) -> None:
     run_jsonl(tmp_path, 0, 2)
-    first, second, evaluation = lines(tmp_path)
+    start, first, second, evaluation = lines(tmp_path)
+    assert start == {"step": 0, "layout": "one process", "ranks": 1}
     assert first == {
         "step": 1,
         "loss": 4.875,
@@ -72,8 +84,11 @@ def test_a_line_holds_the_step(tmp_path: Path) -> None:
         "tokens": 100,
         "tokens_per_second": 200.0,
         "skew": 2.0,
+        "rank_skew": 1.25,
         "dropped": 4,
-        "load": {"1": [6, 1, 2, 3], "2": [4, 4]},
+        "unrouted": 10,
+        "dead": 1,
+        "load": {"1": [6, 0, 2, 4], "2": [4, 4]},
     }
     assert second["step"] == 2 and second["router/z"] == 0.25
     assert evaluation == {"step": 2, "held_out/loss": 4.0, "held_out/loss/text": 3.5}
@@ -104,15 +119,102 @@ def test_a_torn_line_of_a_step_that_is_kept_is_dropped(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss"')
     run_jsonl(tmp_path, 3, 4)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2, 4, 4]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 2, 3, 4, 4]
 
 
 def test_lines_are_there_while_the_run_goes_on(tmp_path: Path) -> None:
     monitor = JsonLines(1)
     monitor.start(facts(tmp_path))
     monitor.step(report(1))
-    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
     monitor.close()
+
+
+def test_starts_and_failures_stand_there(tmp_path: Path) -> None:
+    run_jsonl(tmp_path, 0, 7)
+    run_jsonl(tmp_path, 5, 6)
+    monitor = JsonLines(1)
+    monitor.start(RunFacts(tmp_path, 10, 5, 5, layout="ep 2", ranks=2))
+    monitor.step(report(6))
+    monitor.failure(7, "step 7: the loss is nan")
+    monitor.close()
+    starts = [line for line in lines(tmp_path) if "layout" in line]
+    assert [(line["step"], line["layout"], line["ranks"]) for line in starts] == [
+        (0, "one process", 1),
+        (5, "one process", 1),
+        (5, "ep 2", 2),
+    ]
+    assert lines(tmp_path)[-1] == {"step": 7, "failure": "step 7: the loss is nan"}
+    run_jsonl(tmp_path, 6, 7)  # the failed step is taken again
+    assert not [line for line in lines(tmp_path) if "failure" in line]
+
+
+def test_an_expert_is_dead_that_had_no_row_since_the_last_line(tmp_path: Path) -> None:
+    monitor = JsonLines(2)
+    monitor.start(facts(tmp_path))
+    for step, rows in enumerate(([3, 0, 0], [0, 0, 3], [3, 0, 0], [3, 0, 0], [1, 1, 1]), 1):
+        monitor.step(replace(report(step), layers={0: load_of([rows])}))
+    monitor.step(replace(report(6), layers={0: load_of([[0, 0, 0]])}))
+    monitor.close()
+    assert [line["dead"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 0]
+
+
+# --- load.jsonl ---------------------------------------------------------------------------------
+
+
+def load_lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "load.jsonl").read_text().splitlines()]
+
+
+def run_load(folder: Path, first: int, until: int) -> None:
+    """Expert 0 has as many rows as the step's number, and as much entropy."""
+    monitor = LoadLines(4)
+    monitor.start(facts(folder, 10, first))
+    for step in range(first + 1, until + 1):
+        of_step = {**LAYERS, 1: load_of([[step, 1], [0, 0]], tokens_M=[step, 0], entropy=step)}
+        monitor.step(replace(report(step), layers=of_step))
+    monitor.close()
+
+
+def test_a_line_sums_the_steps_since_the_last(tmp_path: Path) -> None:
+    run_load(tmp_path, 0, 10)
+    found = load_lines(tmp_path)
+    assert [(line["step"], line["steps"]) for line in found] == [(4, 4), (8, 4), (10, 2)]
+    assert found[0]["layers"]["1"] == {
+        "rows": [[10, 4], [0, 0]],
+        "dropped": [0, 0],
+        "tokens": [10, 0],
+        "unrouted": [0, 0],
+        "ranks": [14],
+        "entropy": 3.0,  # (1² + 2² + 3² + 4²) / 10
+    }
+    assert found[2]["layers"]["2"] == {
+        "rows": [[8, 0], [0, 8]],
+        "dropped": [0, 2],
+        "tokens": [120, 80],
+        "unrouted": [0, 0],
+        "ranks": [10, 6],
+        "entropy": 0.5,
+    }
+
+
+def test_after_a_resume_each_step_is_counted_once(tmp_path: Path) -> None:
+    run_load(tmp_path, 0, 7)  # stopped: the window under way is written
+    assert [(line["step"], line["steps"]) for line in load_lines(tmp_path)] == [(4, 4), (7, 3)]
+    run_load(tmp_path, 7, 9)
+    run_load(tmp_path, 8, 10)  # killed: the checkpoint was of step 8
+    found = load_lines(tmp_path)
+    assert [(line["step"], line["steps"]) for line in found] == [(4, 4), (7, 3), (8, 1), (10, 2)]
+    assert sum(line["layers"]["1"]["rows"][0][0] for line in found) == sum(range(11))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["load.jsonl"]
+
+
+def test_a_dense_model_has_no_load(tmp_path: Path) -> None:
+    monitor = LoadLines(1)
+    monitor.start(facts(tmp_path))
+    monitor.step(replace(report(1), layers={}))
+    monitor.close()
+    assert not list(tmp_path.iterdir())
 
 
 # --- TensorBoard --------------------------------------------------------------------------------
@@ -150,9 +252,23 @@ def test_scalars_can_be_read_back(tmp_path: Path) -> None:
         "router/balance": dict.fromkeys((2, 4, 5), 0.25),
         "router/z": {2: 0.25, 4: 0.125, 5: pytest.approx(0.1)},
         "router/skew": dict.fromkeys((2, 4, 5), 2.0),
+        "router/rank_skew": dict.fromkeys((2, 4, 5), 1.25),
         "router/dropped": dict.fromkeys((2, 4, 5), 4.0),
-        "router/entropy/layer 1": dict.fromkeys((2, 4, 5), 1.5),
-        "router/entropy/layer 2": dict.fromkeys((2, 4, 5), 0.5),
+        "router/unrouted": dict.fromkeys((2, 4, 5), 10.0),
+        "router/dead": dict.fromkeys((2, 4, 5), 1.0),
+        **{
+            f"router/{name}/layer {layer}": dict.fromkeys((2, 4, 5), value)
+            for name, *values in (
+                ("entropy", 1.5, 0.5),
+                ("skew", 2.0, 1.0),
+                ("rank_skew", 1.0, 1.25),
+                ("dropped", 3.0, 1.0),
+                ("dead", 1.0, 0.0),
+                ("unrouted text", 0.0, 0.0),
+                ("unrouted image", 10.0, 0.0),
+            )
+            for layer, value in zip((1, 2), values, strict=True)
+        },
         "held_out/loss": {5: 4.0},
         "held_out/loss/image": {5: 3.5},
     }
@@ -161,17 +277,34 @@ def test_scalars_can_be_read_back(tmp_path: Path) -> None:
 def test_pictures_can_be_read_back(tmp_path: Path) -> None:
     run_tensorboard(tmp_path, 0, 5)
     found = events(tmp_path)
-    assert sorted(found.Tags()["images"]) == ["generated/a digit two", "load"]
-    loads = found.Images("load")
-    assert [event.step for event in loads] == [4, 5]
-    for event in loads:
-        np.testing.assert_array_equal(picture(event), heat_map(LOAD))
+    expected = {
+        "load": heat_map(LOAD),
+        "load/text": heat_map({1: [5, 0, 1, 0], 2: [4, 0]}),
+        "load/image": heat_map({1: [1, 0, 1, 4], 2: [0, 4]}),
+        "dropped": dropped_map(LAYERS),
+        "unrouted": unrouted_map(LAYERS, ("text", "image")),
+        "ranks": heat_map({1: [6, 6], 2: [5, 3]}, "rank"),
+    }
+    assert set(found.Tags()["images"]) == {"generated/a digit two", *expected}
+    for name, right in expected.items():
+        events_of_name = found.Images(name)
+        assert [event.step for event in events_of_name] == [4, 5]
+        for event in events_of_name:  # sums of four steps, and of one
+            np.testing.assert_array_equal(picture(event), right)
     (drawn,) = found.Images("generated/a digit two")
     assert drawn.step == 5
     grey = picture(drawn)
     assert grey.shape == (32, 32, 3)
-    expected = np.array([[0, 63], [191, 255]]).repeat(16, 0).repeat(16, 1)
-    np.testing.assert_array_equal(grey, np.stack([expected] * 3, -1))
+    levels = np.array([[0, 63], [191, 255]]).repeat(16, 0).repeat(16, 1)
+    np.testing.assert_array_equal(grey, np.stack([levels] * 3, -1))
+
+
+def test_what_did_not_occur_is_not_drawn(tmp_path: Path) -> None:
+    monitor = TensorBoard(1, 1)
+    monitor.start(facts(tmp_path))
+    monitor.step(replace(report(1), layers={0: load_of([[3, 0], [0, 0]], tokens_M=[3, 0])}))
+    monitor.close()
+    assert sorted(events(tmp_path).Tags()["images"]) == ["load", "load/text"]
 
 
 def test_after_a_resume_each_point_is_there_once(tmp_path: Path) -> None:
@@ -223,6 +356,19 @@ def test_heat_map_of_layers_with_different_numbers_of_experts() -> None:
     assert heat_map({0: [0, 0]}).shape[2] == 3  # no rows at all
 
 
+def test_maps_of_losses_show_parts_of_all() -> None:
+    reds = matplotlib.colormaps["Reds"]
+    layers = {0: load_of([[3, 4], [0, 0]], dropped_E=[1, 0], tokens_M=[8, 2], unrouted_M=[2, 2])}
+    cell = area(heat_map({0: [5, 5]}), EVEN) / 2
+    for image, parts in (
+        (dropped_map(layers), (0.25, 0.0)),
+        (unrouted_map(layers, ("text", "image")), (0.25, 1.0)),
+    ):
+        for part in parts:
+            shade = np.round(np.array(reds(part))[:3] * 255).astype(np.uint8)
+            assert area(image, shade) / cell == pytest.approx(1, rel=0.1)
+
+
 # --- the terminal -------------------------------------------------------------------------------
 
 
@@ -236,11 +382,24 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     terminal.message("[bold]not markup[/bold] " + "x" * 60)
     terminal.close()
     assert out.getvalue().splitlines() == [
-        "step 3/7  loss 4.625  200 tokens/s  skew 2.00",
-        "step 6/7  loss 4.250  200 tokens/s  skew 2.00",
-        "step 7/7  loss 4.125  200 tokens/s  skew 2.00",
+        f"step {step}/7  loss {loss}  200 tokens/s  skew 2.00  dropped 16.7%  unrouted 5.0%  dead 1"
+        for step, loss in ((3, 4.625), (6, "4.250"), (7, 4.125))
+    ] + [
         "step 7: held-out loss 4.000  loss/text 3.500 (nats per token)",
         "[bold]not markup[/bold] " + "x" * 60,
+    ]
+
+
+def test_only_what_is_lost_is_told(tmp_path: Path) -> None:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=80), every=1)
+    terminal.start(facts(tmp_path, steps=2))
+    terminal.step(replace(report(1), layers={}))
+    terminal.step(replace(report(2), layers={0: load_of([[3, 3]], tokens_M=[6])}))
+    terminal.close()
+    assert out.getvalue().splitlines() == [
+        f"step {step}/2  loss {loss}  200 tokens/s  skew 1.00"
+        for step, loss in ((1, 4.875), (2, "4.750"))
     ]
 
 
@@ -255,5 +414,5 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     drawn = out.getvalue()
     assert "step 3/7" in drawn and "step 6/7" in drawn
     assert "loss 4.250  200 tokens/s  skew 2.00" in drawn
-    assert "by the way" in drawn
+    assert "by the way" in drawn and "dead" not in drawn  # fewer steps than make a window
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")  # the cursor is shown again

@@ -26,6 +26,7 @@ from tests.parallel.tiny import (
     SEQUENCE,
     VOCABULARY,
     decoder_of,
+    load_of,
     model_of,
     relative_error,
     sampler_of,
@@ -100,24 +101,29 @@ def counted_by_hand(config: RunConfig, model: Decoder) -> dict[int, dict[str, An
     sampler = sampler_of(config)
     seen: dict[int, dict[str, Any]] = {}
     for layer in (1, 2):
-        seen[layer] = {"load": [0] * 8, "dropped": 0, "entropy": []}
+        seen[layer] = {"rows": [[0] * 8, [0] * 8], "dropped": [0] * 8, "entropy": []}
+        seen[layer] |= {"tokens": [0, 0], "unrouted": [0, 0]}
     with watched_logits(model) as logits:
         for place in range(8):
             batch = sampler.batch(0, place, config.train.global_batch)
             model(batch.tokens_BS, token_info(batch, Axes(), config.train.seed))
             tokens = [t for t, pad in enumerate(batch.padding_BS[0].tolist()) if not pad]
-            capacity = math.ceil(len(tokens) * 2 / 8)
+            capacity, modality = math.ceil(len(tokens) * 2 / 8), batch.modality_BS[0].tolist()
             for layer, found in seen.items():
                 taken = [0] * 8
                 for t in tokens:
+                    rows = 0
                     prob = logits[layer][t].softmax(-1)
                     found["entropy"].append(-sum(p * p.log() for p in prob).item())
                     for expert in prob.argsort(descending=True)[:2].tolist():
                         if taken[expert] < capacity:
                             taken[expert] += 1
-                            found["load"][expert] += 1
+                            rows += 1
+                            found["rows"][modality[t]][expert] += 1
                         else:
-                            found["dropped"] += 1
+                            found["dropped"][expert] += 1
+                    found["tokens"][modality[t]] += 1
+                    found["unrouted"][modality[t]] += rows == 0
     return seen
 
 
@@ -138,10 +144,14 @@ def test_routing_is_counted_once(accumulation: int, recompute: str, data: Path) 
     model = sharpened(model_of(config, ALONE))
     by_hand = counted_by_hand(config, decoder_of(model))
     report = one_step(config, model)
-    assert report.load == {layer: found["load"] for layer, found in by_hand.items()}
-    assert report.dropped == {layer: found["dropped"] for layer, found in by_hand.items()}
-    assert all(dropped > 0 for dropped in report.dropped.values())
     for layer, found in by_hand.items():
+        load = report.layers[layer]
+        assert load.rows_ME.tolist() == found["rows"]
+        assert load.dropped_E.tolist() == found["dropped"]
+        assert load.tokens_M.tolist() == found["tokens"]
+        assert load.unrouted_M.tolist() == found["unrouted"]
+        assert report.load[layer] == load.rows_E.tolist()
+        assert report.dropped[layer] == sum(found["dropped"]) > 0 and load.unrouted > 0
         mean = sum(found["entropy"]) / len(found["entropy"])
         assert report.entropy[layer] == pytest.approx(mean, rel=1e-12)
         assert sum(report.load[layer]) + report.dropped[layer] == 2 * report.tokens
@@ -172,7 +182,8 @@ def test_token_facts_come_from_the_batch(data: Path) -> None:
 
 
 def report_with(load: dict[int, list[int]]) -> StepReport:
-    return StepReport(1, 1.0, {}, 1.0, 1.0, 1, load, {}, {}, 1.0, False)
+    layers = {layer: load_of([rows]) for layer, rows in load.items()}
+    return StepReport(1, 1.0, {}, 1.0, 1.0, 1, layers, 1.0, False)
 
 
 def test_skew_is_that_of_the_worst_layer() -> None:

@@ -17,6 +17,7 @@ from coterie.models import Decoder
 from coterie.parallel.checkpoint import Checkpointer
 from coterie.parallel.distributed import Ranks, make_groups
 from coterie.parallel.layout import Layout
+from coterie.parallel.load import LayerLoad
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.monitors import Monitor
 from coterie.parallel.part import Part
@@ -122,7 +123,7 @@ def trainer_of(
 
 
 class Recorder(Monitor):
-    """Keeps every report, without what differs from run to run."""
+    """Keeps every report, without what differs from run to run or from layout to layout."""
 
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
@@ -130,11 +131,22 @@ class Recorder(Monitor):
 
     def step(self, report: StepReport) -> None:
         seen = dict(vars(report))
-        del seen["seconds"]
-        self.reports.append(seen)
+        del seen["seconds"], seen["layers"]
+        sums = {"load": report.load, "dropped": report.dropped, "entropy": report.entropy}
+        self.reports.append({**seen, **sums})
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.evaluations.append((step, metrics))
+
+
+def load_of(rows: list[list[int]], **counts: Any) -> LayerLoad:
+    """Of ``rows`` by modality and expert; ``counts``: of the other fields, zero without them."""
+    rows_ME = np.array(rows)
+    experts, modalities = np.zeros_like(rows_ME[0]), np.zeros_like(rows_ME[:, 0])
+    zeros = {"dropped_E": experts, "tokens_M": modalities, "unrouted_M": modalities}
+    given = {name: np.array(value) for name, value in counts.items() if name != "entropy"}
+    fields: dict[str, Any] = {**zeros, "rows_R": rows_ME.sum(keepdims=True)[0], **given}
+    return LayerLoad(rows_ME, **fields, entropy=counts.get("entropy", 0.0))
 
 
 def copied(parts: dict[str, Part]) -> dict[str, Tensor]:
