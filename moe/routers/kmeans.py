@@ -74,7 +74,7 @@ class KMeansRouter(Router):
     weight: Tensor
     centroid_MD: Tensor
     warm: Tensor
-    updates: Tensor
+    attempts: Tensor
 
     def __init__(self, width: int, num_experts: int, config: KMeansConfig, seed: int = 0) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class KMeansRouter(Router):
         self.register_buffer("weight", first.to(torch.get_default_dtype()))
         self.register_buffer("centroid_MD", self.weight.new_zeros(num_experts, width))
         self.register_buffer("warm", torch.tensor(False))
-        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("attempts", torch.tensor(0))
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         """Route contexts ``x_TD``. Of equal logits the first expert wins: never more than one."""
@@ -123,8 +123,8 @@ class KMeansRouter(Router):
             self.config.iterations,
             self.config.tolerance,
         )
-        attempt = int(self.updates)
-        self.updates += 1
+        attempt = int(self.attempts)
+        self.attempts += 1
         self.warm.fill_(not clusters.failure)
         if clusters.failure:
             return GateUpdate(clusters.failure)
@@ -152,7 +152,7 @@ class KMeansRouter(Router):
         if self.config.start == "spread":
             return spread(context_ED, self.num_experts)
         shape = self.centroid_MD.shape
-        return _uniform(1e-3, *shape, self.seed, "centroids", int(self.updates)).to(context_ED)
+        return _uniform(1e-3, *shape, self.seed, "centroids", int(self.attempts)).to(context_ED)
 
 
 class Clusters(NamedTuple):
@@ -204,6 +204,16 @@ def experts_of_clusters(cluster_E: Tensor, loss_EM: Tensor) -> Tensor:
     cost_MM = torch.stack(medians).float().cpu().nan_to_num(nan=1e30, posinf=1e30).clamp(max=1e30)
     _, expert_M = linear_sum_assignment(cost_MM.double().numpy())
     return torch.from_numpy(expert_M).to(cluster_E)
+
+
+def routing_accuracy(expert_E: Tensor, family_E: Tensor) -> float:
+    """Fraction of environments that are where their family belongs, when each family is given the
+    expert (an expert one family at most) that suits all best."""
+    families, experts = int(family_E.max()) + 1, int(expert_E.max()) + 1
+    together = count(family_E * experts + expert_E, families * experts)
+    together_FM = together.view(families, experts).cpu().numpy()
+    rows, columns = linear_sum_assignment(together_FM, maximize=True)
+    return float(together_FM[rows, columns].sum() / len(family_E))
 
 
 def least_squares(x_ED: Tensor, expert_E: Tensor, num_experts: int) -> Tensor:

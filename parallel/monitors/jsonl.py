@@ -12,8 +12,10 @@ FILE = "metrics.jsonl"
 class JsonLines(Monitor):
     """Appends; what a resumed run does again is cut off first, so each step stands there once."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, unit: str = "step") -> None:
         self.every = every
+        self.unit = unit
+        """The key that counts: records of later ones than a run resumes after are cut off."""
         self._file: IO[str] | None = None
         self._steps = 0
 
@@ -21,7 +23,7 @@ class JsonLines(Monitor):
         path = facts.folder / FILE
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _at_most(line, facts)]
+            kept = [line for line in path.read_text().splitlines() if self._kept(line, facts)]
         replacement = path.with_suffix(".jsonl.new")
         replacement.write_text("".join(line + "\n" for line in kept))
         replacement.replace(path)
@@ -31,7 +33,7 @@ class JsonLines(Monitor):
     def step(self, report: StepReport) -> None:
         if report.step % self.every and report.step != self._steps:
             return
-        self._write(
+        self.write(
             {
                 "step": report.step,
                 "loss": report.loss,
@@ -47,20 +49,20 @@ class JsonLines(Monitor):
         )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._write({"step": step, **{f"held_out/{name}": v for name, v in metrics.items()}})
+        self.write({"step": step, **{f"held_out/{name}": v for name, v in metrics.items()}})
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, record: dict[str, object]) -> None:
+    def write(self, record: dict[str, object]) -> None:
+        """Append a line."""
         assert self._file is not None, "start() comes first"
         self._file.write(json.dumps(record) + "\n")
 
-
-def _at_most(line: str, facts: RunFacts) -> bool:
-    """Whether ``line`` is whole (a kill may cut the last one) and of a step that is kept."""
-    try:
-        return json.loads(line)["step"] <= facts.first_step
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
+    def _kept(self, line: str, facts: RunFacts) -> bool:
+        """Whether ``line`` is whole (a kill may cut the last one) and of a step that is kept."""
+        try:
+            return bool(json.loads(line)[self.unit] <= facts.first_step)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return False

@@ -12,8 +12,11 @@ _SMOOTHING = 0.9
 class Terminal(Monitor):
     """Step, loss, tokens/s, expert skew and time left."""
 
-    def __init__(self, console: Console | None = None, every: int = 50) -> None:
+    def __init__(
+        self, console: Console | None = None, every: int = 50, unit: str = "step"
+    ) -> None:
         self.console = console or Console(stderr=True)
+        self.unit = unit
         self.every = every
         """Steps between lines, where there is no terminal to draw a bar on."""
         self._bar: Progress | None = None
@@ -26,7 +29,7 @@ class Terminal(Monitor):
         if not self.console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn(f"{self.unit} {{task.completed}}/{{task.total}}"),
             BarColumn(),
             TextColumn("{task.description}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -39,10 +42,14 @@ class Terminal(Monitor):
         rate = report.tokens / report.seconds
         self._rate = rate if not self._rate else _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate
         told = f"loss {report.loss:.3f}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
+        self.progress(report.step, told)
+
+    def progress(self, step: int, told: str) -> None:
+        """Show how far the run is, and what there is to tell."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=report.step, description=told)
-        elif report.step % self.every == 0 or report.step == self._steps:
-            self.message(f"step {report.step}/{self._steps}  {told}")
+            self._bar.update(self._task, completed=step, description=told)
+        elif step % self.every == 0 or step == self._steps:
+            self.message(f"{self.unit} {step}/{self._steps}  {told}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -126,7 +126,7 @@ def test_failure_leaves_the_weights_and_forgets_the_centroids(failure: str) -> N
 def test_retries_start_from_other_centroids_within_a_thousandth() -> None:
     gate = router(3, 3)
     first = gate._first_centroids(torch.zeros(1, 3, dtype=torch.float64))
-    gate.updates += 1
+    gate.attempts += 1
     second = gate._first_centroids(torch.zeros(1, 3, dtype=torch.float64))
     assert not torch.equal(first, second)
     assert 5e-4 < float(torch.cat([first, second]).abs().max()) <= 1e-3
