@@ -1,6 +1,7 @@
-"""``coterie dynamics``: train a mixture of vector fields on environments, and adapt it to others."""
+"""``coterie dynamics``: train mixtures of vector fields on environments, and adapt to others."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -54,7 +55,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     commands = typer.Typer(no_args_is_help=True)
-    examples = {
+    examples: dict[Callable[..., int | None], str] = {
         train: "train odebench_2 train.rounds=50 --run-dir runs/two",
         resume: "resume runs/two",
         evaluate: "evaluate runs/two",
@@ -64,7 +65,9 @@ def add_to(app: typer.Typer) -> None:
     for command, example in examples.items():
         commands.command(epilog=f"Example:  coterie dynamics {example}")(command)
     app.add_typer(
-        commands, name="dynamics", help="Learn families of dynamical systems (MixER); adapt to more."
+        commands,
+        name="dynamics",
+        help="Learn families of dynamical systems, and adapt to more.",
     )
 
 
@@ -76,7 +79,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where checkpoints and metrics go. Without it: runs/NAME, NAME being the config's.",
+            help="Where checkpoints and metrics go. Without it: runs/NAME, NAME being the "
+            "config's.",
             show_default=False,
         ),
     ] = None,

@@ -58,7 +58,9 @@ class DynamicsRunConfig(Config):
                 f"{self.parallel.ep} processes"
             )
         if self.train.context_steps + self.train.model_steps == 0:
-            raise ValueError("train.context_steps and train.model_steps are both 0: a round is empty")
+            raise ValueError(
+                "train.context_steps and train.model_steps are both 0: a round is empty"
+            )
         return self
 
     @property

@@ -96,7 +96,8 @@ class DynamicsReport:
     def evaluation(self, done: int, means: dict[str, float]) -> None:
         """Mean relative errors on held-out trajectories."""
         self._terminal.message(f"round {done}: held-out relative MSE {means['mean']:.3e}")
-        record = {"round": done, **{f"held_out/{name}": value for name, value in means.items()}}
+        record: dict[str, object] = {"round": done}
+        record |= {f"held_out/{name}": value for name, value in means.items()}
         self._write(lambda: self._lines.write(record))
 
     def warn(self, text: str) -> None:

@@ -12,9 +12,7 @@ _SMOOTHING = 0.9
 class Terminal(Monitor):
     """Step, loss, tokens/s, expert skew and time left."""
 
-    def __init__(
-        self, console: Console | None = None, every: int = 50, unit: str = "step"
-    ) -> None:
+    def __init__(self, console: Console | None = None, every: int = 50, unit: str = "step") -> None:
         self.console = console or Console(stderr=True)
         self.unit = unit
         self.every = every
