@@ -35,6 +35,8 @@ class EnvironmentsConfig(Config):
     odebench_10b 10 × 16; and one family each, lotka_volterra 9, glycolytic 9, selkov 21."""
     test_trajectories: int = Field(default=32, ge=1)
     """Trajectories of each environment that are held out."""
+    times: int | None = Field(default=None, ge=2)
+    """Only the first so many times of each trajectory; null: all."""
     seed: int = 0
     """Of parameters and initial states."""
 
@@ -71,7 +73,7 @@ def generate(
     The same config gives the same environments, in both; train and test differ in initial states.
     """
     recipe = _RECIPES[config.dataset]
-    times = np.linspace(0.0, recipe.horizon, recipe.times)
+    times = np.linspace(0.0, recipe.horizon, recipe.times)[: config.times]
     trajectories = config.test_trajectories if test else recipe.trajectories
     solved, labels = [], []
     for index, (name, family) in enumerate(recipe.families.items()):

@@ -53,6 +53,11 @@ def schema(
     ] = False,
 ) -> None:
     """Every setting of a config: its dotted name, what it accepts, its default, what it does."""
+    show_schema(under, as_json)
+
+
+def show_schema(under: str | None, as_json: bool) -> None:
+    """Print the settings of the config that :mod:`coterie.launch.schema` describes."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text

@@ -7,23 +7,26 @@ from coterie.core.errors import UserError, nearest
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
 """In a checkout and installed alike."""
 
+DYNAMICS = SHIPPED / "dynamics"
+"""Those of ``coterie dynamics``."""
+
 _LARGEST = 1 << 20
 
 
-def shipped_names() -> list[str]:
-    """The configs that come with coterie."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+def shipped_names(folder: Path = SHIPPED) -> list[str]:
+    """The configs that come with coterie, of one kind: those in ``folder``."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
-def find(name: str | Path) -> Path:
-    """The file that ``name`` stands for: a path, or the bare name of a shipped config.
+def find(name: str | Path, shipped: Path = SHIPPED) -> Path:
+    """The file that ``name`` stands for: a path, or the bare name of a config in ``shipped``.
 
     Raises:
         UserError: there is none, or it is no file.
     """
     path = Path(name)
-    if str(name) in shipped_names():
-        return _short(SHIPPED / f"{name}.yaml")
+    if str(name) in shipped_names(shipped):
+        return _short(shipped / f"{name}.yaml")
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.yaml"))[:5]
         hint = f" inside it, such as {', '.join(inside)}" if inside else ""
@@ -33,12 +36,12 @@ def find(name: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path}: is not a regular file; give a YAML file")
     if len(path.parts) == 1 and path.suffix not in (".yaml", ".yml"):
-        known = shipped_names()
+        known = shipped_names(shipped)
         raise UserError(
             f"there is no config '{name}', shipped ones are {', '.join(known)}"
             f"{nearest(str(name), known)}"
         )
-    near = [*(str(file) for file in path.parent.glob("*.y*ml")), *shipped_names()]
+    near = [*(str(file) for file in path.parent.glob("*.y*ml")), *shipped_names(shipped)]
     raise UserError(f"{path}: there is no such file{nearest(str(path), near)}")
 
 

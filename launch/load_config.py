@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -11,7 +11,10 @@ from coterie.launch.config_file import find, read_text
 from coterie.launch.yaml_source import Path_, parse
 
 if TYPE_CHECKING:  # the models import torch, which takes seconds: after the file has been read
+    from coterie.core.config import Config
     from coterie.launch.config import RunConfig
+
+C = TypeVar("C", bound="Config")
 
 
 def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "RunConfig":
@@ -23,11 +26,10 @@ def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: the file, line and key at fault, what was given, and what is accepted.
     """
-    file = find(name)
-    source = _Source(file, read_text(file))
-    for override in overrides:
-        source.override(override)
-    return source.validated()
+    source = ConfigSource.read(find(name), overrides)
+    from coterie.launch.config import RunConfig
+
+    return source.validated(RunConfig)
 
 
 def changed_config(
@@ -38,19 +40,29 @@ def changed_config(
     Raises:
         UserError: as :func:`load_config`.
     """
-    source = _Source(file, yaml.safe_dump(tree))
+    from coterie.launch.config import RunConfig
+
+    source = ConfigSource(file, yaml.safe_dump(tree))
     for override in overrides:
         source.override(override)
-    return source.validated()
+    return source.validated(RunConfig)
 
 
-def dump_config(config: "RunConfig") -> str:
+def dump_config(config: "Config") -> str:
     """``config``, every default filled in, as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Source:
+class ConfigSource:
     """The tree of values, and where each came from."""
+
+    @classmethod
+    def read(cls, file: Path, overrides: list[str] | tuple[str, ...] = ()) -> "ConfigSource":
+        """What stands in ``file``, with ``overrides`` applied."""
+        source = cls(file, read_text(file))
+        for override in overrides:
+            source.override(override)
+        return source
 
     def __init__(self, file: Path, text: str) -> None:
         self.file = file
@@ -66,6 +78,7 @@ class _Source:
         self._overrides: dict[Path_, str] = {}
 
     def override(self, text: str) -> None:
+        """Apply ``key.sub=value``."""
         where = f"override '{text}'"
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
@@ -89,18 +102,20 @@ class _Source:
         for inner in [below for below in self._lines if below[: len(path)] == path]:
             del self._lines[inner]
 
-    def validated(self) -> "RunConfig":
+    def validated(self, model: type[C]) -> C:
+        """The config. Raises UserError, as :func:`load_config` does."""
         from pydantic import ValidationError
 
-        from coterie.launch.config import RunConfig
         from coterie.launch.mistakes import from_validation, non_finite, sentence
+        from coterie.launch.schema import describing
 
-        if mistakes := list(non_finite(self.tree)):
-            raise UserError(sentence(mistakes, self._where))
-        try:
-            return RunConfig.model_validate_json(json.dumps(self.tree), strict=True)
-        except ValidationError as error:
-            raise UserError(sentence(from_validation(error), self._where)) from error
+        with describing(model):
+            if mistakes := list(non_finite(self.tree)):
+                raise UserError(sentence(mistakes, self._where))
+            try:
+                return model.model_validate_json(json.dumps(self.tree), strict=True)
+            except ValidationError as error:
+                raise UserError(sentence(from_validation(error), self._where)) from error
 
     def _where(self, path: Path_) -> tuple[int, str]:
         """Reading order, and ``FILE:LINE`` or the override, of the value that ``path`` is in."""

@@ -16,6 +16,7 @@ from coterie.launch import (
     config_commands,
     data_commands,
     doctor,
+    dynamics_commands,
     membership,
     plan_command,
     run_commands,
@@ -33,6 +34,7 @@ certify_command.add_to(app)
 checkpoint_commands.add_to(app)
 plan_command.add_to(app)
 data_commands.add_to(app)
+dynamics_commands.add_to(app)
 config_commands.add_to(app)
 doctor.add_to(app)
 

@@ -84,7 +84,7 @@ def train(
     ] = None,
 ) -> int:
     """Train a model. Ctrl-C saves a checkpoint and leaves; 'coterie resume' goes on from it."""
-    ours = _membership(nproc)
+    ours = membership_of(nproc)
     from coterie.launch.load_config import load_config
 
     resolved = load_config(config, overrides or [])
@@ -101,14 +101,14 @@ def train(
 
         return train(resolved, folder)
 
-    return _run(here, ours, world, folder)
+    return run_ranked(here, ours, world, lambda: _how_to_go_on(folder))
 
 
 def resume(
     run_dir: RunDir, overrides: Overrides = None, nproc: Processes = None, step: Step = None
 ) -> int:
     """Go on with a run that was interrupted or killed, exactly where a checkpoint left it."""
-    ours = _membership(nproc)
+    ours = membership_of(nproc)
     from coterie.launch.check import check_data, saved_config
     from coterie.launch.load_config import load_config
     from coterie.launch.training import choose_checkpoint, resume
@@ -119,7 +119,9 @@ def resume(
     before = read_manifest(checkpoint).world_size if checkpoint else _default_world(resolved)
     world = _world(resolved, ours, nproc or before)
     check_data(resolved)
-    return _run(lambda: resume(resolved, run_dir, step), ours, world, run_dir)
+    return run_ranked(
+        lambda: resume(resolved, run_dir, step), ours, world, lambda: _how_to_go_on(run_dir)
+    )
 
 
 def evaluate(
@@ -218,7 +220,7 @@ def generate(
             print(f"  image: {image}")
 
 
-def _membership(nproc: int | None) -> membership.Membership | None:
+def membership_of(nproc: int | None) -> membership.Membership | None:
     """This process's place; raises UserError when it has one and ``nproc`` is given as well."""
     ours = membership.join()
     if ours is not None and ours.starter != "coterie" and nproc is not None:
@@ -261,26 +263,29 @@ def _world(config: "RunConfig", ours: membership.Membership | None, wanted: int)
     return world
 
 
-def _run(
-    here: Callable[[], "Outcome"], ours: membership.Membership | None, world: int, run_dir: Path
+def run_ranked(
+    here: Callable[[], "Outcome"],
+    ours: membership.Membership | None,
+    world: int,
+    how_to_go_on: Callable[[], str],
 ) -> int:
     """In this process when it is a rank or the only one; else in ``world`` processes."""
     if ours is None and world > 1:
-        return _tell(run_ranks(command_of_this_process(), world), run_dir)
+        return _tell(run_ranks(command_of_this_process(), world), how_to_go_on)
     outcome = here()
     if outcome.finished:
         return 0
     if ours is None:
-        print(_interrupted(run_dir), file=sys.stderr)
+        print(f"coterie: interrupted; {how_to_go_on()}", file=sys.stderr)
     return 130
 
 
-def _tell(ended: Ended, run_dir: Path) -> int:
+def _tell(ended: Ended, how_to_go_on: Callable[[], str]) -> int:
     """Say how a group of ranks ended; the exit code."""
     failure = ended.failure
     if failure is None:
         if ended.interrupted:
-            print(_interrupted(run_dir), file=sys.stderr)
+            print(f"coterie: interrupted; {how_to_go_on()}", file=sys.stderr)
         return 130 if ended.interrupted else 0
     if failure.code == 2 and failure.text:
         raise UserError(failure.text)
@@ -290,12 +295,8 @@ def _tell(ended: Ended, run_dir: Path) -> int:
         how = f"rank {failure.rank} failed as shown above"
     elif failure.text:
         how = failure.text
-    print(f"coterie: {how}; {_how_to_go_on(run_dir)}", file=sys.stderr)
+    print(f"coterie: {how}; {how_to_go_on()}", file=sys.stderr)
     return 2 if failure.code == 2 else 1
-
-
-def _interrupted(run_dir: Path) -> str:
-    return f"coterie: interrupted; {_how_to_go_on(run_dir)}"
 
 
 def _how_to_go_on(run_dir: Path) -> str:

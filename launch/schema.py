@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from coterie.core.config import Config
 from coterie.launch.config import RunConfig
 
 Schema = dict[str, Any]
@@ -24,10 +27,27 @@ class Key:
     description: str
 
 
-@cache
+_described: ContextVar[type[Config]] = ContextVar("described", default=RunConfig)
+
+
+@contextmanager
+def describing(model: type[Config]) -> Iterator[None]:
+    """Inside, the config is a ``model``; outside, that of ``coterie train``."""
+    token = _described.set(model)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
 def run_schema() -> Schema:
     """The JSON Schema of a run's config."""
-    return RunConfig.model_json_schema()
+    return _schema(_described.get())
+
+
+@cache
+def _schema(model: type[Config]) -> Schema:
+    return model.model_json_schema()
 
 
 def all_keys(schema: Schema | None = None, prefix: str = "") -> Iterator[Key]:

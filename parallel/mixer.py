@@ -89,6 +89,10 @@ class PlacedEnvironments:
     def reroute(self) -> None:
         """Ask the gate for each environment's expert, and migrate those whose host changes."""
         self.expert_E = self.model.router.experts_of(self.context_E)
+        self.migrate()
+
+    def migrate(self) -> None:
+        """Move the trajectories of environments to where their experts are."""
         before_E = self.host_E
         self.host_E = hosts(self.expert_E, self.model.config.experts, self.grid)
         self._y_hosted = move(self._y_hosted, before_E, self.host_E, self.grid.world)
@@ -160,6 +164,8 @@ class MixerTrainer:
         self.model, self.config, self.grid = model, config, grid
         self.environments = PlacedEnvironments(data, model, grid)
         self.last_update = GateUpdate("no update yet")
+        self.round_updates: list[GateUpdate] = []
+        """Those of the gate in the round under way, or in the last one."""
         self.round = self.step = 0
         parameters = list(model.parameters())
         self._model_optimizer = torch.optim.Adam(parameters, config.lr)
@@ -168,9 +174,15 @@ class MixerTrainer:
         experts = sum(p.numel() for p in model.experts.parameters())
         self._numel = experts * grid.ep.size + routers
 
+    def optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Adam:
+        """The one that steps ``parameter``: the contexts' or the model's."""
+        ours = parameter is self.environments.context_H
+        return self._context_optimizer if ours else self._model_optimizer
+
     def train_round(self) -> float:
         """One round; returns the mean loss of its steps' batches."""
         config, losses = self.config, []
+        self.round_updates = []
         context = self.environments.context_H.detach().clone()
         parameters = [p.detach().clone() for p in self.model.parameters()]
         third = 3 * self.round // config.rounds
@@ -242,6 +254,7 @@ class MixerTrainer:
                 lambda: (router.update(context_E, loss_EM), router.state_dict()), world.group
             )
             router.load_state_dict(state)
+            self.round_updates.append(self.last_update)
         assert_same("the gate's weights", self.grid.world, router.weight)
         environments.reroute()
 

@@ -112,7 +112,7 @@ class Trainer:
             self.ranks.world,
         )
         stopped = False
-        with _stop_signals() as asked:
+        with stop_signals() as asked:
             self._tell(lambda monitor: monitor.start(facts))
             try:
                 while self.step < self.train.steps and not stopped:
@@ -221,7 +221,7 @@ class Trainer:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """The SIGINTs and SIGTERMs that arrive; a second one acts as it did before."""
     asked: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

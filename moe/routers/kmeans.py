@@ -206,6 +206,16 @@ def experts_of_clusters(cluster_E: Tensor, loss_EM: Tensor) -> Tensor:
     return torch.from_numpy(expert_M).to(cluster_E)
 
 
+def routing_accuracy(expert_E: Tensor, family_E: Tensor) -> float:
+    """Fraction of environments that are where their family belongs, when each family is given the
+    expert (an expert one family at most) that suits all best."""
+    families, experts = int(family_E.max()) + 1, int(expert_E.max()) + 1
+    together = count(family_E * experts + expert_E, families * experts)
+    together_FM = together.view(families, experts).cpu().numpy()
+    rows, columns = linear_sum_assignment(together_FM, maximize=True)
+    return float(together_FM[rows, columns].sum() / len(family_E))
+
+
 def least_squares(x_ED: Tensor, expert_E: Tensor, num_experts: int) -> Tensor:
     """W (D + 1 × M) that brings [x, 1]·W nearest to the one-hot rows of ``expert_E``.
 

@@ -15,23 +15,25 @@ LOAD_FILE = "load.jsonl"
 class JsonLines(Monitor):
     """Appends; what a resumed run does again is cut off first, so each step stands there once."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, unit: str = "step") -> None:
         self.every = every
+        self.unit = unit
+        """The key that counts: records of later ones than a run resumes after are cut off."""
         self._file: IO[str] | None = None
         self._steps = 0
         self._window = LoadWindow()
 
     def start(self, facts: RunFacts) -> None:
-        self._file = _appended(facts.folder / FILE, facts)
+        self._file = _appended(facts.folder / FILE, self.unit, facts.first_step)
         self._steps = facts.steps
-        self._write({"step": facts.first_step, "layout": facts.layout, "ranks": facts.ranks})
+        self.write({self.unit: facts.first_step, "layout": facts.layout, "ranks": facts.ranks})
 
     def step(self, report: StepReport) -> None:
         self._window.add(report.layers)
         if report.step % self.every and report.step != self._steps:
             return
         window = self._window.take()
-        self._write(
+        self.write(
             {
                 "step": report.step,
                 "loss": report.loss,
@@ -50,16 +52,17 @@ class JsonLines(Monitor):
         )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._write({"step": step, **{f"held_out/{name}": v for name, v in metrics.items()}})
+        self.write({"step": step, **{f"held_out/{name}": v for name, v in metrics.items()}})
 
     def failure(self, step: int, reason: str) -> None:
-        self._write({"step": step, "failure": reason})
+        self.write({"step": step, "failure": reason})
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, record: dict[str, object]) -> None:
+    def write(self, record: dict[str, object]) -> None:
+        """Append a line."""
         assert self._file is not None, "start() comes first"
         self._file.write(json.dumps(record) + "\n")
 
@@ -97,7 +100,7 @@ class LoadLines(Monitor):
     def _write(self) -> None:
         assert self._facts is not None, "start() comes first"
         if self._file is None:
-            self._file = _appended(self._facts.folder / LOAD_FILE, self._facts)
+            self._file = _appended(self._facts.folder / LOAD_FILE, "step", self._facts.first_step)
         record = {"step": self._last, "steps": self._window.steps}
         layers = {str(layer): _numbers(load) for layer, load in self._window.take().items()}
         text = json.dumps({**record, "layers": layers}, separators=(",", ":"))
@@ -116,20 +119,20 @@ def _numbers(load: LayerLoad) -> dict[str, object]:
     }
 
 
-def _appended(path: Path, facts: RunFacts) -> IO[str]:
-    """The file of a run that goes on, its lines up to ``facts.first_step`` kept."""
+def _appended(path: Path, unit: str, done: int) -> IO[str]:
+    """The file of a run that goes on after ``done`` units: its lines up to there kept."""
     kept = []
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _at_most(line, facts)]
+        kept = [line for line in path.read_text().splitlines() if _at_most(line, unit, done)]
     replacement = path.with_suffix(".jsonl.new")
     replacement.write_text("".join(line + "\n" for line in kept))
     replacement.replace(path)
     return path.open("a", buffering=1)
 
 
-def _at_most(line: str, facts: RunFacts) -> bool:
-    """Whether ``line`` is whole (a kill may cut the last one) and of a step that is kept."""
+def _at_most(line: str, unit: str, done: int) -> bool:
+    """Whether ``line`` is whole (a kill may cut the last one) and of a unit that is kept."""
     try:
-        return json.loads(line)["step"] <= facts.first_step
+        return bool(json.loads(line)[unit] <= done)
     except (json.JSONDecodeError, KeyError, TypeError):
         return False

@@ -16,8 +16,9 @@ class Terminal(Monitor):
     """Step, loss, tokens/s, expert skew and time left; where there are any, also rows dropped,
     tokens unrouted, and experts without a row in ``every`` steps."""
 
-    def __init__(self, console: Console | None = None, every: int = 50) -> None:
+    def __init__(self, console: Console | None = None, every: int = 50, unit: str = "step") -> None:
         self.console = console or Console(stderr=True)
+        self.unit = unit
         self.every = every
         """Steps between lines, where there is no terminal to draw a bar on."""
         self._bar: Progress | None = None
@@ -32,7 +33,7 @@ class Terminal(Monitor):
         if not self.console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn(f"{self.unit} {{task.completed}}/{{task.total}}"),
             BarColumn(),
             TextColumn("{task.description}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -49,10 +50,14 @@ class Terminal(Monitor):
             self._dead = sum(load.dead for load in self._window.take().values())
         told = f"loss {report.loss:.3f}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
         told += _lost(report.layers.values()) + (f"  dead {self._dead}" if self._dead else "")
+        self.progress(report.step, told)
+
+    def progress(self, step: int, told: str) -> None:
+        """Show how far the run is, and what there is to tell."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=report.step, description=told)
-        elif report.step % self.every == 0 or report.step == self._steps:
-            self.message(f"step {report.step}/{self._steps}  {told}")
+            self._bar.update(self._task, completed=step, description=told)
+        elif step % self.every == 0 or step == self._steps:
+            self.message(f"{self.unit} {step}/{self._steps}  {told}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -1,0 +1,223 @@
+"""``coterie dynamics``: train mixtures of vector fields on environments, and adapt to others."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from coterie.core.errors import UserError
+from coterie.launch import membership
+from coterie.launch.config_file import DYNAMICS, shipped_names
+from coterie.launch.run_commands import (
+    Overrides,
+    RunDir,
+    membership_of,
+    run_ranked,
+)
+
+if TYPE_CHECKING:  # importing torch takes seconds: only when it is needed
+    from coterie.launch.dynamics_config import DynamicsRunConfig
+    from coterie.parallel.trainer import Outcome
+
+ConfigName = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names(DYNAMICS))}.",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Processes to start on this machine, a multiple of parallel.ep. Without it: "
+        "parallel.ep. Not under torchrun or srun, which start them.",
+        show_default=False,
+    ),
+]
+Round = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        min=0,
+        metavar="ROUND",
+        help="The checkpoint to use, by its round. Without it: the newest.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    commands = typer.Typer(no_args_is_help=True)
+    examples: dict[Callable[..., int | None], str] = {
+        train: "train odebench_2 train.rounds=50 --run-dir runs/two",
+        resume: "resume runs/two",
+        evaluate: "evaluate runs/two",
+        adapt: "adapt runs/two --steps 200",
+        schema: "schema model.router",
+    }
+    for command, example in examples.items():
+        commands.command(epilog=f"Example:  coterie dynamics {example}")(command)
+    app.add_typer(
+        commands,
+        name="dynamics",
+        help="Learn families of dynamical systems, and adapt to more.",
+    )
+
+
+def train(
+    config: ConfigName,
+    overrides: Overrides = None,
+    nproc: Processes = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where checkpoints and metrics go. Without it: runs/NAME, NAME being the "
+            "config's.",
+            show_default=False,
+        ),
+    ] = None,
+) -> int:
+    """Train contexts and experts in turn. Ctrl-C saves a checkpoint after the round under way."""
+    ours = membership_of(nproc)
+    from coterie.launch.dynamics_config import load_dynamics_config
+
+    resolved = load_dynamics_config(config, overrides or [])
+    folder = run_dir or Path("runs") / resolved.name
+    if ours is None or (ours.rank == 0 and ours.starter != "coterie"):
+        _check_fresh(folder)
+
+    def here() -> "Outcome":
+        from coterie.launch.dynamics_training import train
+
+        return train(resolved, folder)
+
+    world = _world(resolved, ours, nproc)
+    return run_ranked(here, ours, world, lambda: _how_to_go_on(folder))
+
+
+def resume(
+    run_dir: RunDir, overrides: Overrides = None, nproc: Processes = None, round_: Round = None
+) -> int:
+    """Go on with a run that was interrupted or killed, exactly where a checkpoint left it."""
+    ours = membership_of(nproc)
+    from coterie.launch.dynamics_config import load_dynamics_config
+
+    resolved = load_dynamics_config(_saved_config(run_dir), overrides or [])
+
+    def here() -> "Outcome":
+        from coterie.launch.dynamics_training import resume
+
+        return resume(resolved, run_dir, round_)
+
+    world = _world(resolved, ours, nproc)
+    return run_ranked(here, ours, world, lambda: _how_to_go_on(run_dir))
+
+
+def evaluate(run_dir: RunDir, round_: Round = None, as_json: AsJson = False) -> None:
+    """Relative MSE of each environment on held-out trajectories, and where the gate sends it."""
+    from coterie.launch.dynamics_config import load_dynamics_config
+    from coterie.launch.dynamics_evaluation import evaluate
+
+    _show(evaluate(load_dynamics_config(_saved_config(run_dir)), run_dir, round_), as_json)
+
+
+def adapt(
+    run_dir: RunDir,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of the contexts.")] = 200,
+    start: Annotated[
+        Literal["zero", "centroid"] | None,
+        typer.Option(help="First contexts. Without it: the config's train.adaptation_start."),
+    ] = None,
+    round_: Round = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find contexts for environments that were not trained on; experts and gate stay as they are.
+
+    Shows each one's relative MSE on trajectories that its context was not fitted to.
+    """
+    from coterie.launch.dynamics_config import load_dynamics_config
+    from coterie.launch.dynamics_evaluation import adapt
+
+    config = load_dynamics_config(_saved_config(run_dir))
+    if start is not None:
+        train = config.train.model_copy(update={"adaptation_start": start})
+        config = config.model_copy(update={"train": train})
+    _show(adapt(config, run_dir, round_, steps), as_json)
+
+
+def schema(
+    under: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KEY]", help="Only this key and those below it.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print a JSON Schema, which editors use to complete YAML."),
+    ] = False,
+) -> None:
+    """Every setting of a config of these commands."""
+    from coterie.launch.config_commands import show_schema
+    from coterie.launch.dynamics_config import DynamicsRunConfig
+    from coterie.launch.schema import describing
+
+    with describing(DynamicsRunConfig):
+        show_schema(under, as_json)
+
+
+def _show(result: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    from coterie.launch.dynamics_evaluation import table
+
+    print(table(result), end="")
+
+
+def _world(
+    config: "DynamicsRunConfig", ours: membership.Membership | None, nproc: int | None
+) -> int:
+    from coterie.launch.dynamics_config import check_dynamics_world
+
+    world = ours.world if ours is not None else nproc or config.parallel.ep
+    check_dynamics_world(config, world)
+    return world
+
+
+def _check_fresh(run_dir: Path) -> None:
+    from coterie.launch.check import check_fresh
+    from coterie.launch.dynamics_training import CONFIG
+
+    check_fresh(run_dir)
+    if (run_dir / CONFIG).exists():
+        raise UserError(
+            f"{run_dir}: holds a run already; go on with it by 'coterie dynamics resume {run_dir}',"
+            " or give another --run-dir"
+        )
+
+
+def _saved_config(run_dir: Path) -> Path:
+    from coterie.launch.dynamics_training import CONFIG
+
+    file = run_dir / CONFIG
+    if not file.is_file():
+        what = f"holds no {CONFIG}" if run_dir.is_dir() else "there is no such folder"
+        raise UserError(f"{run_dir}: {what}, so it is no run of 'coterie dynamics train'")
+    return file
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    from coterie.launch.dynamics_training import CONFIG
+
+    if not (run_dir / CONFIG).exists():
+        return "nothing was saved yet, so start it again"
+    return f"go on with: coterie dynamics resume {run_dir}"
