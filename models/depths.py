@@ -1,9 +1,9 @@
 """Mixture of depths (arXiv 2404.02258): blocks that only some tokens of a sequence pass.
 
-A router scores the tokens of each sequence; those with the highest scores pass the block's attention
-and feed-forward layer, x + g · f(x), attention seeing no others, and the rest skip it. Which ones
-are the highest depends on later tokens too. So a predictor, trained beside, says from a token alone
-whether it is one of them; with it evaluation and generation are causal.
+A router scores the tokens of each sequence; those with the highest scores pass the block's
+attention and feed-forward layer, x + g · f(x), attention seeing no others, and the rest skip it.
+Which scores are the highest depends on later tokens too. So a predictor, trained beside, says from
+a token alone whether its is one of them; with it evaluation and generation are causal.
 """
 
 from collections.abc import Callable
@@ -123,8 +123,10 @@ class Depths(nn.Module):
     @torch.no_grad()
     def _chosen(self, score_BS: Tensor, asked_BS: Tensor | None, whole: TokenInfo) -> Tensor:
         """bool (B, S), by position in whole sequences: the tokens that pass."""
-        by_predictor = asked_BS is not None and not self.training
-        ranked_BS = _by_position(asked_BS if by_predictor else score_BS, self.axes)
+        by_predictor = not self.training
+        if asked_BS is None or self.training:
+            by_predictor, asked_BS = False, score_BS
+        ranked_BS = _by_position(asked_BS, self.axes)
         open_BS = torch.ones_like(ranked_BS, dtype=torch.bool)
         if whole.padding_T is not None:
             open_BS = ~whole.padding_T.view_as(ranked_BS)

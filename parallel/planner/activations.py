@@ -123,6 +123,34 @@ def _weights(work: Workload, count: int) -> int:
     return count * work.half if work.autocast else 0
 
 
+def choosing(work: Workload, layer: int) -> Held:
+    """Scores of all tokens, and those that pass brought to block ``layer``."""
+    depths, inside = work.model.depths_of(layer), work.inside(layer)
+    assert depths is not None
+    split = work.layout.tp * work.layout.cp > 1
+    stream = work.own * work.model.width * work.whole
+    places = work.rows * inside.sequence
+    taken = inside.own * work.model.width * work.whole
+    # what is scored, and its gates; the column of each place, and whose it is
+    kept = stream + work.own * work.whole + places * (INT + split)
+    # cosines and sines of the places' positions
+    kept += 2 * inside.gathered * work.head_width * work.half
+    if depths.predictor:  # both hidden values; its answer, the right one, and what is no token
+        hidden = -(-work.model.width // 2)
+        kept += work.own * ((2 * hidden + 2) * work.whole + 1) + INT
+    whole = places * work.model.width * work.whole
+    return Held(kept, kept + taken + (2 * whole if split else 0), stream + taken + split * whole)
+
+
+def adding(work: Workload, layer: int) -> Held:
+    """x + g · f(x) of the tokens that pass block ``layer``."""
+    places = work.rows * work.inside(layer).sequence
+    whole = places * work.model.width * work.whole
+    kept = whole + places * (work.whole + 1)  # f(x), g, and the places that count
+    stream = work.own * work.model.width * work.whole
+    return Held(kept, kept + whole + stream, 2 * whole)
+
+
 def _projected(work: Workload) -> int:
     """Queries and keys after rotation, values, and what normalising them keeps."""
     attention, layout = work.model.attention, work.layout

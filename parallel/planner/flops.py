@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.moe.activations import ACTIVATIONS
 from coterie.moe.feed_forward import FeedForwardConfig
 from coterie.parallel.planner.workload import Workload
@@ -28,14 +29,27 @@ def stage_flops(work: Workload, stage: int) -> Flops:
     """The stage's products; experts work on the busiest rank's rows."""
     total = Flops(0.0)
     layers = work.layers(stage)
-    kinds = Counter(work.model.experts_of(layer) for layer in layers)
-    parts = [(len(layers), _attention(work))]
-    parts += [(n, _moe(work, kind) if kind else _dense(work)) for kind, n in kinds.items()]
+    kinds = Counter((work.inside(n), work.model.experts_of(n)) for n in layers)
+    parts = [(count, _block(inside, experts)) for (inside, experts), count in kinds.items()]
+    parts += [
+        (1, _choosing(work, depths)) for depths in map(work.model.depths_of, layers) if depths
+    ]
     for count, flops in parts:
         total += Flops(count * flops.forward, count * flops.core, count * flops.forward)
     if stage == work.layout.stages - 1:
         total += Flops(2.0 * work.gathered * work.model.width * work.vocabulary)
     return total
+
+
+def _block(work: Workload, experts: int) -> Flops:
+    return _attention(work) + (_moe(work, experts) if experts else _dense(work))
+
+
+def _choosing(work: Workload, depths: MixtureOfDepthsConfig) -> Flops:
+    """The scores of all tokens, and the predictor's answers."""
+    width, hidden = work.model.width, -(-work.model.width // 2)
+    weights = width + (hidden * (width + 1) if depths.predictor else 0)
+    return Flops(2.0 * work.own * weights)
 
 
 def _attention(work: Workload) -> Flops:

@@ -71,7 +71,7 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
     for layer in range(config.layers):
         for name, shape, cuts, in_experts in _block(config, layer):
-            if config.first_like(layer) < layer and not name.startswith(_NORMS):
+            if config.first_like(layer) < layer and not _own(name):
                 continue
             unit = ("experts" if in_experts else "block", layer)
             frozen = name in _frozen(config)
@@ -81,8 +81,11 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
         yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
 
 
-_NORMS = ("attention_norm.", "feed_forward_norm.")
-"""What a block has of its own where blocks share their layers."""
+def _own(name: str) -> bool:
+    """Whether a block has it for itself where blocks share their layers."""
+    return name.split(".")[0] in ("attention_norm", "feed_forward_norm", "depths")
+
+
 _Entry = tuple[str, tuple[int, ...], tuple[tuple[int, str], ...], bool]
 
 
@@ -104,6 +107,12 @@ def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
         yield from _norm(config, "attention.q_norm", head)
         yield from _norm(config, "attention.k_norm", head)
     yield from _norm(config, "feed_forward_norm", width)
+    if depths := config.depths_of(layer):
+        yield "depths.weight_D", (width,), (), False
+        if depths.predictor:
+            hidden = -(-width // 2)
+            yield "depths.predictor.w_in", (hidden, width), (), False
+            yield "depths.predictor.w_out", (1, hidden), (), False
     if not config.is_moe(layer):
         assert config.feed_forward is not None
         ff = config.feed_forward
@@ -200,7 +209,10 @@ def unit_sizes(config: DecoderConfig, layout: Layout) -> dict[Unit, UnitSize]:
 @cache
 def _likes(config: DecoderConfig) -> tuple[int, ...]:
     """Of each layer the first one with the same parameters."""
-    kinds = [(config.experts_of(n), config.first_like(n) == n) for n in range(config.layers)]
+    kinds = [
+        (config.experts_of(n), config.first_like(n) == n, config.depths_of(n) is None)
+        for n in range(config.layers)
+    ]
     return tuple(map(kinds.index, kinds))
 
 

@@ -9,12 +9,14 @@ from coterie.parallel.planner.activations import Held
 from coterie.parallel.planner.parameters import Parameter, representatives
 from coterie.parallel.planner.workload import Workload
 
-Kind = tuple[str, int]
+Kind = tuple[str, int, bool]
+"""The name of a piece; the number of experts, 0 if that is dense or none; whether only some tokens
+pass the block."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A half of a block, the embedding, or the head."""
+    """A half of a block, what chooses its tokens, the embedding, or the head."""
 
     held: Held
     gradients: int
@@ -45,11 +47,7 @@ class Stage:
 
 
 class Pieces:
-    """The pieces of a workload's stages; those of equal blocks are computed once.
-
-    A kind: "attention", "feed forward", "block" (both), "embedding" or "head"; and the number of
-    experts, 0 if that is dense or none.
-    """
+    """The pieces of a workload's stages; those of equal blocks are computed once."""
 
     def __init__(self, work: Workload) -> None:
         self.work = work
@@ -75,31 +73,38 @@ class Pieces:
 
     def _row(self, number: int) -> list[Piece]:
         work = self.work
-        row = [self._piece(("embedding", 0))] if number == 0 else []
+        row = [self._piece(("embedding", 0, False))] if number == 0 else []
         for layer in work.layers(number):
             feed = work.model.experts_of(layer)
+            some = work.model.depths_of(layer) is not None
             # of blocks that share their layers the last one's backward pass is the first
             again = (layer + 1) % work.model.shared_depth != 0
-            halves: list[Kind] = [("attention", 0), ("feed forward", feed)]
+            kinds: list[Kind] = [("attention", 0, some), ("feed forward", feed, some)]
+            if some:
+                kinds = [("choosing", 0, True), *kinds, ("adding", 0, True)]
             if work.recompute == "full":
-                halves = [("block", feed)]
-            row += [self._again(half) if again else self._piece(half) for half in halves]
+                kinds = [("block", feed, some)]
+            row += [self._again(kind) if again else self._piece(kind) for kind in kinds]
         if number > 0 and row and work.layers(number):
             row[0] = self._received(row[0])
-        return row + ([self._piece(("head", 0))] if number == work.layout.stages - 1 else [])
+        return row + ([self._piece(("head", 0, False))] if number == work.layout.stages - 1 else [])
 
     def _piece(self, kind: Kind) -> Piece:
         if kind not in self._made:
-            name, experts = kind
-            self._made[kind] = _MAKERS[name](self.work, experts)
+            name, experts, some = kind
+            self._made[kind] = _MAKERS[name](self.work, experts, some)
         return self._made[kind]
 
     def _again(self, kind: Kind) -> Piece:
-        """A piece whose parameters have gradients already, but for those of its norms."""
+        """A piece whose parameters have gradients already, but for what is the block's own."""
         piece, width = self._piece(kind), self.work.model.width
+        name, _, some = kind
         untie = self.work.model.untie
-        norms = (2 if kind[0] == "block" else 1) * (untie.modalities if untie.norm else 1)
-        return replace(piece, new=norms * width * self.work.whole)
+        norms = {"block": 2, "attention": 1, "feed forward": 1}.get(name, 0)
+        norms *= untie.modalities if untie.norm else 1
+        chooses = some and name in ("block", "choosing")
+        router = self._piece(("choosing", 0, True)).gradients if chooses else 0
+        return replace(piece, new=norms * width * self.work.whole + router)
 
     def _received(self, piece: Piece) -> Piece:
         """The first piece of a later stage: its input lies in a receive buffer."""
@@ -109,61 +114,86 @@ class Pieces:
         return replace(piece, held=held)
 
 
-def _embedding(work: Workload, _experts: int = 0) -> Piece:
+def _embedding(work: Workload, _experts: int = 0, _some: bool = False) -> Piece:
     return _with_gradients(work, activations.embedding(work), lambda p: p.unit[0] == "embedding")
 
 
-def _head(work: Workload, _experts: int = 0) -> Piece:
+def _head(work: Workload, _experts: int = 0, _some: bool = False) -> Piece:
     return _with_gradients(work, activations.head(work), lambda p: p.unit[0] == "head")
 
 
-def _attention(work: Workload, _experts: int = 0) -> Piece:
-    layer = 0
-    return _with_gradients(
-        work, activations.attention_half(work), lambda p: _half(p, layer, attention=True)
-    )
+def _attention(work: Workload, _experts: int = 0, some: bool = False) -> Piece:
+    held = activations.attention_half(work.inside(_layer(work, some)))
+    return _with_gradients(work, held, lambda p: _part(p, 0) == "attention")
 
 
-def _feed(work: Workload, experts: int) -> Piece:
-    model = work.model
-    layer = next(n for n in range(model.layers) if model.experts_of(n) == experts)
-    held = activations.moe_half(work, experts) if experts else activations.dense_half(work)
-    return _with_gradients(work, held, lambda p: _half(p, layer, attention=False))
+def _feed(work: Workload, experts: int, some: bool) -> Piece:
+    layer = _layer(work, some, experts)
+    inside = work.inside(layer)
+    held = activations.moe_half(inside, experts) if experts else activations.dense_half(inside)
+    return _with_gradients(work, held, lambda p: _part(p, layer) == "feed forward")
 
 
-def _block(work: Workload, experts: int) -> Piece:
+def _choosing(work: Workload, _experts: int = 0, _some: bool = True) -> Piece:
+    layer = _layer(work, some=True)
+    held = activations.choosing(work, layer)
+    return _with_gradients(work, held, lambda p: _part(p, layer) == "depths")
+
+
+def _adding(work: Workload, _experts: int = 0, _some: bool = True) -> Piece:
+    return Piece(activations.adding(work, _layer(work, some=True)), 0, 0, 0)
+
+
+def _block(work: Workload, experts: int, some: bool) -> Piece:
     """A block that keeps its input alone; its forward pass runs again before its backward pass."""
-    first, second = _attention(work), _feed(work, experts)
+    parts = [_attention(work, 0, some), _feed(work, experts, some)]
+    if some:
+        parts = [_choosing(work), *parts, _adding(work)]
     stream = work.own * work.model.width * work.whole
-    inside = first.held.kept + second.held.kept
-    held = Held(
-        kept=stream,
-        forward=stream + max(first.held.forward, second.held.forward),
-        backward=max(
-            inside + second.held.backward,
-            first.held.kept + first.held.backward + second.gradients,
-            first.held.kept + second.held.forward,
-        )
-        - stream,
-    )
-    gradients = first.gradients + second.gradients
-    return Piece(held, gradients, gradients, max(first.largest, second.largest))
+    kept = backward = made = 0
+    for part in parts:
+        backward = max(backward, kept + part.held.forward)
+        kept += part.held.kept
+    forward = stream + max(part.held.forward for part in parts)
+    live = kept
+    for part in reversed(parts):
+        backward = max(backward, live + part.held.backward + made)
+        live -= part.held.kept
+        made += part.gradients
+    held = Held(kept=stream, forward=forward, backward=backward - stream)
+    return Piece(held, made, made, max(part.largest for part in parts))
 
 
-_MAKERS: dict[str, Callable[[Workload, int], Piece]] = {
+_MAKERS: dict[str, Callable[[Workload, int, bool], Piece]] = {
     "embedding": _embedding,
+    "choosing": _choosing,
     "attention": _attention,
     "feed forward": _feed,
+    "adding": _adding,
     "block": _block,
     "head": _head,
 }
 
 
-def _half(parameter: Parameter, layer: int, attention: bool) -> bool:
+def _layer(work: Workload, some: bool, experts: int | None = None) -> int:
+    """The first block that some tokens pass, or all; with so many experts."""
+    model = work.model
+    return next(
+        layer
+        for layer in range(model.layers)
+        if (model.depths_of(layer) is not None) == some
+        and experts in (None, model.experts_of(layer))
+    )
+
+
+def _part(parameter: Parameter, layer: int) -> str | None:
+    """The piece of block ``layer`` that ``parameter`` belongs to; None: it is another's."""
     kind, number = parameter.unit
     if kind not in ("block", "experts") or number != layer:
-        return False
-    return (".attention" in parameter.name) == attention
+        return None
+    if ".depths." in parameter.name:
+        return "depths"
+    return "attention" if ".attention" in parameter.name else "feed forward"
 
 
 def _with_gradients(work: Workload, held: Held, mine: Callable[[Parameter], bool]) -> Piece:

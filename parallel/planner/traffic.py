@@ -16,11 +16,15 @@ from coterie.parallel.gradients import BUCKET
 from coterie.parallel.layout import Layout
 from coterie.parallel.planner.muon import gatherings, matrices, muon_bytes
 from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of, uses
-from coterie.parallel.planner.workload import Workload
+from coterie.parallel.planner.workload import INT, Workload
 
 Op = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 When = Literal["forward", "backward", "fsdp forward", "fsdp backward", "send", "step"]
 """In which piece of work it happens; ``fsdp``: beside it; ``step``: after the last micro-batch."""
+
+_PASSES: tuple[When, When] = ("forward", "backward")
+_FACTS = 7
+"""Integers that :class:`coterie.moe.tokens.TokenInfo` has of each token in training."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def _updates(work: Workload, pp: int) -> Iterator[Collective]:
 def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
     layout, times = work.layout, work.micro_batches
     again = 2 if work.recompute == "full" else 1
-    stream = work.gathered * work.model.width
+    width = work.model.width
+    stream = work.gathered * width
 
     def both(what: str, axis: str, op: Op, volume: int, runs: int) -> Iterator[Collective]:
         """In the forward pass, and what its gradient needs."""
@@ -130,26 +135,45 @@ def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
         if runs > 1:
             yield Collective(f"{what}, again", axis, op, volume, "backward", stage, times)
 
-    def around(what: str, count: int, last: bool) -> Iterator[Collective]:
+    def around(what: str, layers: list[int], last: bool) -> Iterator[Collective]:
         """The sequence gathered before a layer that tp splits, and its result scattered; running
         a block again stops short of a ``last`` result, which nothing needs."""
-        if layout.tp > 1 and count:
-            volume, result = count * stream * work.whole, count * stream * work.half
-            yield from both(what, "tp", "all-gather", volume, again)
-            yield from both(what, "tp", "reduce-scatter", result, 1 if last else again)
+        if layout.tp == 1:
+            return
+        for group, runs in ((whole, 1 if last else again), (some, again)):  # g · f(x) needs f(x)
+            elements = sum(work.inside(n).gathered for n in layers if n in group) * width
+            yield from both(what, "tp", "all-gather", elements * work.whole, again)
+            yield from both(what, "tp", "reduce-scatter", elements * work.half, runs)
 
-    layers = work.layers(stage)
-    moe = sum(work.model.is_moe(layer) for layer in layers)
-    yield from around("attention", len(layers), last=False)
-    yield from around("feed-forward", len(layers) - moe, last=True)
+    def chosen(layer: int) -> Iterator[Collective]:
+        """What is known of all tokens of the sequences gathered, and those that pass a block
+        brought there and back."""
+        tokens = work.rows * work.sequence
+        for what, size in (("facts of tokens", _FACTS * INT), ("scores of tokens", work.whole)):
+            for when in _PASSES[:again]:
+                name = what if when == "forward" else f"{what}, again"
+                yield Collective(name, "sequence", "all-gather", tokens * size, when, stage, times)
+        volume = work.rows * work.inside(layer).sequence * width * work.whole
+        yield from both("tokens that pass", "sequence", "reduce-scatter", volume, again)
+        yield from both("their results", "sequence", "all-gather", volume, again)
+
+    layers = list(work.layers(stage))
+    moe = [layer for layer in layers if work.model.is_moe(layer)]
+    some = [layer for layer in layers if work.model.depths_of(layer)]
+    whole = [layer for layer in layers if layer not in some]
+    yield from around("attention", layers, last=False)
+    yield from around("feed-forward", [n for n in layers if n not in moe], last=True)
     if work.model.moe and work.model.moe.shared:
         yield from around("shared experts", moe, last=not work.model.moe.shared_gate)
     if layout.cp > 1:
-        each = work.rows * work.sequence * work.head_width * work.half // layout.tp
-        volume = 2 * work.kv_heads * each * len(layers)
-        yield from both("keys and values", "cp", "all-gather", volume, again)
+        tokens = work.rows * sum(work.inside(layer).sequence for layer in layers)
+        each = tokens * work.head_width * work.half // layout.tp
+        yield from both("keys and values", "cp", "all-gather", 2 * work.kv_heads * each, again)
+    if layout.cp * layout.tp > 1:
+        for layer in some:
+            yield from chosen(layer)
     if moe and layout.ep * layout.etp > 1:
-        rows = moe * work.received * work.model.width
+        rows = sum(work.inside(layer).received for layer in moe) * width
         yield from both("dispatch", "expert", "all-to-all", rows * work.whole, again)
         yield from both("combine", "expert", "all-to-all", rows * work.half, again)
     if stage == 0 and layout.tp > 1:

@@ -1,6 +1,6 @@
 """What one rank works on: the sizes that every other part of a plan is computed from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
@@ -116,6 +116,15 @@ class Workload:
     def first_blocks(self) -> tuple[int, ...]:
         """The number of each stage's first block."""
         return tuple(sum(self.blocks[:stage]) for stage in range(len(self.blocks)))
+
+    def inside(self, layer: int) -> "Workload":
+        """What the attention and feed-forward of block ``layer`` work on: shorter sequences, where
+        only some tokens pass it."""
+        depths = self.model.depths_of(layer)
+        if depths is None:
+            return self
+        places = depths.places(self.sequence, self.layout.tp, self.layout.cp)
+        return replace(self, sequence=places)
 
     def layers(self, stage: int) -> range:
         """The blocks of a stage, by their number in the model."""

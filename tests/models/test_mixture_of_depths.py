@@ -32,10 +32,11 @@ INFO = TokenInfo(
 )
 
 
-def model(depths: dict[str, Any] = {}, recompute: Any = "none", **settings: Any) -> Decoder:
-    built = decoder(
-        config(**SETTINGS | settings, mixture_of_depths=DEPTHS | depths), recompute=recompute
-    )
+def model(
+    depths: dict[str, Any] | None = None, recompute: Any = "none", **settings: Any
+) -> Decoder:
+    tree = SETTINGS | settings | {"mixture_of_depths": DEPTHS | (depths or {})}
+    built = decoder(config(**tree), recompute=recompute)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith("depths.weight_D"):  # no saturated score, no tie
@@ -107,9 +108,7 @@ def by_loops(
     assert block.depths is not None
     rows, passing = [], []
     for row in range(B):
-        r = {
-            p: x_BSD[row, p] @ block.depths.weight_D for p in range(S) if not PADDING_BS[row, p]
-        }
+        r = {p: x_BSD[row, p] @ block.depths.weight_D for p in range(S) if not PADDING_BS[row, p]}
         take = max(1, int(capacity * len(r)))
         chosen = sorted(sorted(r, key=lambda p: -float(r[p].detach()))[:take])
         y = layers_by_loops(block, {p: x_BSD[row, p] for p in chosen}, DOCUMENT_BS[row])
@@ -238,16 +237,15 @@ def test_tokens_keep_their_positions() -> None:
 
 
 def test_all_tokens_and_gate_one_are_the_plain_block() -> None:
-    both = model({"capacity": 1.0, "score": "linear"}), decoder(config(**SETTINGS))
-    with torch.no_grad():
-        x_BSD = randn(B, S, WIDTH, seed=10)
-        for block in (block_of(m, 2) for m in both):
-            if block.depths is not None:  # r = 1 for every token
-                x_BSD[..., 0] = 1.0
-                block.depths.weight_D.zero_()[0] = 1.0
-            else:
-                assert error(block(x_BSD, INFO, DOCUMENT_BS)[0][~PADDING_BS], y_SD) < 1e-13
-            y_SD = block(x_BSD, INFO, DOCUMENT_BS)[0][~PADDING_BS]
+    ours = block_of(model({"capacity": 1.0, "score": "linear"}), 2)
+    plain = block_of(decoder(config(**SETTINGS)), 2)
+    assert ours.depths is not None and plain.depths is None
+    x_BSD = randn(B, S, WIDTH, seed=10)
+    x_BSD[..., 0] = 1.0
+    with torch.no_grad():  # r = 1 for every token
+        ours.depths.weight_D.zero_()[0] = 1.0
+    results = [block(x_BSD, INFO, DOCUMENT_BS)[0][~PADDING_BS] for block in (ours, plain)]
+    assert error(*results) < 1e-13
 
 
 def test_the_layers_see_the_facts_of_the_tokens_that_pass() -> None:
@@ -356,7 +354,9 @@ def test_in_evaluation_as_many_pass_as_the_predictor_says() -> None:
     assert len(set(expected_BS.sum(1).tolist())) == B  # a number of its own for each sequence
     assert int(stats.tokens) == int(expected_BS.sum()) and "depth_predictor" not in losses
     for row in range(B):  # a sequence alone has the same numbers
-        y_SD, *_ = block(x_BSD[row : row + 1], TokenInfo(padding_T=PADDING_BS[row]), DOCUMENT_BS[row : row + 1])
+        y_SD, *_ = block(
+            x_BSD[row : row + 1], TokenInfo(padding_T=PADDING_BS[row]), DOCUMENT_BS[row : row + 1]
+        )
         assert error(y_SD[0], y_BSD[row]) < 1e-13
     with torch.no_grad():
         block.depths.predictor.w_out.zero_()  # nobody

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coterie.models import Decoder, DecoderConfig
+from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.models.untied import UntieConfig
 from coterie.parallel.layout import Layout
 from coterie.parallel.placement import places
@@ -39,7 +40,16 @@ PYRAMID = model_config(
 UNTIED = SHARED.model_copy(
     update={"untie": UntieConfig(modalities=3, ffn=True, qkvo=True, norm=True)}
 )
-CONFIGS = {"plain": CONFIG, "pyramid": PYRAMID, "shared depth": SHARED, "untied": UNTIED}
+DEPTHS = SHARED.model_copy(
+    update={"mixture_of_depths": MixtureOfDepthsConfig(every=3, first=1, predictor=True)}
+)
+CONFIGS = {
+    "plain": CONFIG,
+    "pyramid": PYRAMID,
+    "shared depth": SHARED,
+    "untied": UNTIED,
+    "some tokens": DEPTHS,
+}
 LAYOUTS = [
     Layout(),
     Layout(tp=2, ep=2, etp=2, dp_replicate=4),
