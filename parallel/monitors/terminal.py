@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from coterie.parallel.evaluate import AUXILIARY
 from coterie.parallel.monitors.base import Monitor, RunFacts
 from coterie.parallel.step import StepReport
 
@@ -38,15 +39,21 @@ class Terminal(Monitor):
     def step(self, report: StepReport) -> None:
         rate = report.tokens / report.seconds
         self._rate = rate if not self._rate else _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate
-        told = f"loss {report.loss:.3f}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
+        loss = f"loss {report.loss:.3f}"
+        if "auxiliary" in report.router_losses:  # what is trained then
+            loss = f"auxiliary {report.router_losses['auxiliary']:.4f}"
+        told = f"{loss}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=report.step, description=told)
         elif report.step % self.every == 0 or report.step == self._steps:
             self.message(f"step {report.step}/{self._steps}  {told}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        self.message(f"step {step}: held-out {losses} (nats per token)")
+        shown = [f"{name} {value:.3f}" for name, value in metrics.items()]
+        foreseen = [text for text in shown if text.startswith(AUXILIARY)]
+        losses = "  ".join(text for text in shown if text not in foreseen)
+        also = f"; {'  '.join(foreseen)}" if foreseen else ""
+        self.message(f"step {step}: held-out {losses} (nats per token){also}")
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
