@@ -22,7 +22,6 @@ from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision, resolve
 from coterie.parallel.run_state import model_parts
 
-
 _LOSS = (
     "its held-out loss is not that of a causal model",
     "ask for that figure with --non-causal",

@@ -36,9 +36,13 @@ def stage_config(stage: str, run_dir: Path, overrides: list[str]) -> RunConfig:
             f"resume {run_dir}'"
         )
     if before.model.causal:
-        raise UserError(f"{run_dir}: its model is causal as it is, so --stage aux has nothing to do")
+        raise UserError(
+            f"{run_dir}: its model is causal as it is, so --stage aux has nothing to do"
+        )
     if not can_foresee(before.model):
-        raise UserError(f"{run_dir}: its router has no auxiliary routers; --stage aux is for others")
+        raise UserError(
+            f"{run_dir}: its router has no auxiliary routers; --stage aux is for others"
+        )
     run = str(run_dir.resolve())
     checkpoint = stage_checkpoint(StageConfig(weights=run))
     tree: dict[str, Any] = before.model_dump(mode="json") | {

@@ -228,8 +228,8 @@ def _warn_of_losses(config: RunConfig, monitors: list[Monitor]) -> None:
     drawn = "; evaluation.prompts are not continued" if config.evaluation.prompts else ""
     _say(
         monitors,
-        f"note: router {moe.router.kind} looks at later tokens, so losses are not those of a causal "
-        f"model{drawn}",
+        f"note: router {moe.router.kind} looks at later tokens, so losses are not those of a "
+        f"causal model{drawn}",
     )
 
 

@@ -1,6 +1,7 @@
 """What a router saw: counts that add up over micro-steps, ranks and recomputed passes."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,11 @@ class RoutingStats:
     (:func:`coterie.moe.routers.auxiliary.foresight`); None: there are none, or they chose."""
 
     def __add__(self, other: "RoutingStats") -> "RoutingStats":
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return RoutingStats(**{name: None if a is None else a + b for name, (a, b) in pairs.items()})
+        sums: dict[str, Any] = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            sums[field.name] = None if mine is None else mine + theirs
+        return RoutingStats(**sums)
 
 
 def routing_stats(

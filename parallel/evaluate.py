@@ -6,7 +6,6 @@ A figure of routers that look at later tokens says so in its name: ``non_causal/
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from coterie.comm.reduce import sum_over
 from coterie.comm.sequence import context_part

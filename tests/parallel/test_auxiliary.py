@@ -41,7 +41,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "context parallel": {"cp": 2, "ep": 4},
 }
 EVALUATED = {
-    *(f"{way}loss{modality}" for way in ("", "non_causal/") for modality in ("", "/text", "/image")),
+    *(
+        f"{way}loss{modality}"
+        for way in ("", "non_causal/")
+        for modality in ("", "/text", "/image")
+    ),
     *(f"auxiliary/{name}" for name in ("cross_entropy", "agreement", "always_no")),
 }
 
