@@ -218,6 +218,9 @@ def test_routers_say_whether_they_are_causal() -> None:
     assert TopKConfig().causal and SinkhornConfig().causal
     assert TopKConfig(capacity_factor=1.0).causal
     assert not TopKConfig(capacity_factor=1.0, drop="score").causal
+    assert ModalityConfig(experts=(1, 1)).causal  # each takes all tokens of its modality
+    assert not ModalityConfig(experts=(1, 1), capacity_factor=0.5).causal
+    assert not ModalityConfig(experts=(1, 2)).causal
     for given in SETTINGS:
         assert not _config(given, auxiliary=False).causal and _config(given).causal
         assert _config(given).foresees and not _config(given, auxiliary=False).foresees
