@@ -8,7 +8,7 @@ from coterie.core.config import Config
 from coterie.data import DataConfig
 from coterie.models import DecoderConfig
 from coterie.parallel.checkpoint import CheckpointConfig
-from coterie.parallel.config import EvaluationConfig, MonitorConfig, TrainConfig
+from coterie.parallel.config import EvaluationConfig, MonitorConfig, StageConfig, TrainConfig
 from coterie.parallel.layout import LayoutConfig
 from coterie.parallel.optimizer import OptimizerConfig
 
@@ -21,6 +21,9 @@ class RunConfig(Config):
     model: DecoderConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
+    stage: StageConfig | None = None
+    """A second stage of training, which starts from the weights of a run; null: this is the first,
+    from random weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -33,5 +36,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"optimizer.warmup {self.optimizer.warmup} must be at most train.steps "
                 f"{self.train.steps}; add optimizer.warmup={self.train.steps} or less"
+            )
+        if self.model.auxiliary != (self.stage is not None):
+            raise ValueError(
+                "model.moe.router.auxiliary (auxiliary routers are trained) and stage (the run "
+                "whose weights they start from) need each other; 'coterie train RUN --stage aux' "
+                "sets both"
             )
         return self

@@ -10,6 +10,7 @@ from coterie.core.errors import UserError
 from coterie.data import TokenDataset
 from coterie.data.digits import NAMES, caption, split_digits
 from coterie.launch.assemble import build_model, open_data
+from coterie.launch.causality import require_causal
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.training import CHECKPOINTS, choose_checkpoint
@@ -20,6 +21,11 @@ from coterie.parallel.layout import Layout, LayoutConfig
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import Precision, resolve
 from coterie.parallel.run_state import model_parts
+
+_LOSS = (
+    "its held-out loss is not that of a causal model",
+    "ask for that figure with --non-causal",
+)
 
 
 @dataclass(frozen=True)
@@ -61,16 +67,18 @@ def load_model(config: RunConfig, run_dir: Path, step: int | None) -> Loaded:
 
 
 def losses_by_k(
-    config: RunConfig, run_dir: Path, step: int | None, wanted: str
+    config: RunConfig, run_dir: Path, step: int | None, wanted: str, non_causal: bool = False
 ) -> dict[int, dict[str, float]]:
     """Held-out losses with other numbers of experts for each token; ``wanted``: ``1,2,4``.
 
     Raises:
-        UserError: these are no numbers, or the router cannot take so many.
+        UserError: these are no numbers, or the router cannot take so many; as :func:`evaluate`.
     """
     numbers = _numbers(wanted)
     for k in numbers:
         _check_k(config, k)
+    if not non_causal:
+        require_causal(config.model, run_dir, _LOSS)
     loaded = load_model(config, run_dir, step)
     precision, settings = precision_of(config, loaded), config.evaluation
     return {
@@ -98,9 +106,17 @@ def _check_k(config: RunConfig, k: int) -> None:
         raise UserError(f"--k {k}: {error}") from None
 
 
-def evaluate(config: RunConfig, run_dir: Path, step: int | None) -> dict[str, float]:
+def evaluate(
+    config: RunConfig, run_dir: Path, step: int | None, non_causal: bool = False
+) -> dict[str, float]:
     """Held-out losses (nats per token); for the digits corpus also ``digits``: of ten captions, how
-    many give an image that a classifier trained on real digits reads as what was asked for."""
+    many give an image that a classifier trained on real digits reads as what was asked for.
+
+    Raises:
+        UserError: routers look at later tokens, and ``non_causal`` does not ask for such losses.
+    """
+    if not non_causal:
+        require_causal(config.model, run_dir, _LOSS)
     loaded = load_model(config, run_dir, step)
     metrics = held_out_loss(
         loaded.model,
@@ -109,7 +125,8 @@ def evaluate(config: RunConfig, run_dir: Path, step: int | None) -> dict[str, fl
         config.evaluation.batch,
         config.evaluation.sequences,
     )
-    if config.data.path is None and config.data.corpus == "digits":
+    digits = config.data.path is None and config.data.corpus == "digits"
+    if digits and config.model.causal:  # another cannot draw
         metrics["digits"] = float(recognised(draw_digits(config, loaded), config.data.held_out))
     return metrics
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from coterie.core.errors import UserError
+from coterie.launch.causality import require_causal
 from coterie.launch.config import RunConfig
 from coterie.launch.evaluation import load_model, precision_of
 from coterie.launch.images import encode_prompt
@@ -41,8 +42,10 @@ def generate(
     """``count`` continuations of ``prompt`` until the end of the document or ``length`` new tokens.
 
     Raises:
-        UserError: the prompt is empty or too long, or ``out`` cannot be written.
+        UserError: the prompt is empty or too long, or ``out`` cannot be written; routers look at
+            later tokens.
     """
+    require_causal(config.model, run_dir, ("it cannot generate, which is without later tokens",))
     if not prompt:
         raise UserError(
             "the prompt is empty: give at least one character, as in --prompt 'a digit'"

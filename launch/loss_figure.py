@@ -13,14 +13,19 @@ _WIDTH = 30  # characters of the longest bar
 def loss_lines(losses: dict[int, dict[str, float]]) -> list[str]:
     """A line for each k: its losses, and a bar for what it is above the lowest, the longest for the
     highest."""
-    totals = [found["loss"] for found in losses.values()]
+    totals = [_total(found) for found in losses.values()]
     low, span = min(totals), max(totals) - min(totals)
     lines = []
     for k, found in losses.items():
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-        bar = round(_WIDTH * (found["loss"] - low) / span) if span else 0
+        bar = round(_WIDTH * (_total(found) - low) / span) if span else 0
         lines.append(f"k {k:<4} {shown}  {'█' * bar}".rstrip())
     return lines
+
+
+def _total(found: dict[str, float]) -> float:
+    """The loss of all modalities: the first, by whatever name."""
+    return next(iter(found.values()))
 
 
 def draw_losses(losses: dict[int, dict[str, float]], path: Path) -> None:

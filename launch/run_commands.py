@@ -22,7 +22,8 @@ ConfigName = Annotated[
     str,
     typer.Argument(
         metavar="CONFIG",
-        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names())}.",
+        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names())}. "
+        "With --stage: the folder of a run.",
     ),
 ]
 Overrides = Annotated[
@@ -73,6 +74,16 @@ def train(
     config: ConfigName,
     overrides: Overrides = None,
     nproc: Processes = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE",
+            help="Not from random weights, but from those of the run in the folder CONFIG. aux: "
+            "train auxiliary routers, which foresee what experts choose, so that the model "
+            "becomes causal.",
+            show_default=False,
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
@@ -87,14 +98,21 @@ def train(
     ours = membership_of(nproc)
     from coterie.launch.load_config import load_config
 
-    resolved = load_config(config, overrides or [])
+    if stage is None:
+        resolved = load_config(config, overrides or [])
+    else:
+        from coterie.launch.stage import stage_config
+
+        resolved = stage_config(stage, Path(config), overrides or [])
     from coterie.launch.check import check_data, check_fresh  # imports torch
+    from coterie.launch.stage import check_stage
 
     folder = run_dir or Path("runs") / resolved.name
     if ours is None or (ours.rank == 0 and ours.starter != "coterie"):
         check_fresh(folder)
     world = _world(resolved, ours, nproc or _default_world(resolved))
     check_data(resolved)
+    check_stage(resolved)
 
     def here() -> "Outcome":
         from coterie.launch.training import train
@@ -142,6 +160,13 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    non_causal: Annotated[
+        bool,
+        typer.Option(
+            "--non-causal",
+            help="Also where routers look at later tokens; such losses are marked non_causal.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint on the held-out data: losses in nats per token."""
@@ -153,16 +178,16 @@ def evaluate(
 
     config = load_config(saved_config(run_dir))
     if k is not None:
-        _evaluate_by_k(losses_by_k(config, run_dir, step, k), plot, as_json)
+        _evaluate_by_k(losses_by_k(config, run_dir, step, k, non_causal), plot, as_json)
         return
-    metrics = evaluate(config, run_dir, step)
+    metrics = evaluate(config, run_dir, step, non_causal)
     if as_json:
         print(json.dumps(metrics, indent=1))
         return
+    width = max(12, *map(len, metrics))
     for name, value in metrics.items():
-        print(
-            f"{name:<12} {value:.0f} of 10 read" if name == "digits" else f"{name:<12} {value:.4f}"
-        )
+        shown = f"{value:.0f} of 10 read" if name == "digits" else f"{value:.4f}"
+        print(f"{name:<{width}} {shown}")
 
 
 def _evaluate_by_k(losses: dict[int, dict[str, float]], plot: Path | None, as_json: bool) -> None:

@@ -12,14 +12,17 @@ from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.launch import child
 from coterie.launch.assemble import build_model, join, open_data
+from coterie.launch.causality import can_foresee
 from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import dump_config
 from coterie.models.placement import parameter_counts
-from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints
+from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints, load_tensors
 from coterie.parallel.checkpoint_format import step_of
+from coterie.parallel.config import StageConfig
 from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
+from coterie.parallel.model import ParallelModel
 from coterie.parallel.monitors import (
     Certificates,
     JsonLines,
@@ -30,6 +33,7 @@ from coterie.parallel.monitors import (
     Terminal,
 )
 from coterie.parallel.precision import bf16_slowdown, resolve
+from coterie.parallel.run_state import model_parts
 from coterie.parallel.trainer import DrawImages, Outcome, Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -72,6 +76,8 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 checkpoint = from_rank_zero(lambda: choose_checkpoint(run_dir, step), ranks.control)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
+            elif config.stage is not None:
+                _start_from(config.stage, model)
             # only now: what cannot go on must not replace the config of what could
             agreed(ranks, lambda: _write_config(config, run_dir) if ranks.rank == 0 else None)
             _say(monitors, _facts(config, ranks, train_set))
@@ -79,9 +85,10 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
             if trainer.step >= config.train.steps:
                 return Outcome(trainer.step, True, {})
             _warn_of_slow_bf16(config, ranks, monitors)
+            _warn_of_losses(config, monitors)
             outcome = trainer.run(run_dir)
             if outcome.finished:
-                _say(monitors, f"{run_dir}: done; measure it: coterie evaluate {run_dir}")
+                _say(monitors, f"{run_dir}: done; {_what_next(config, run_dir)}")
             return outcome
     finally:
         stop()
@@ -133,7 +140,7 @@ def _state(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 def _drawer(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> DrawImages | None:
     evaluation = config.evaluation
-    if not evaluation.prompts:
+    if not evaluation.prompts or not config.model.causal:
         return None
     return image_drawer(
         evaluation.prompts,
@@ -161,6 +168,32 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> Path | None:
     raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}")
 
 
+def stage_checkpoint(stage: StageConfig) -> Path:
+    """Where the weights are that ``stage`` starts from.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    run = Path(stage.weights)
+    checkpoint = choose_checkpoint(run, stage.step)
+    if checkpoint is None:
+        raise UserError(f"{run / CHECKPOINTS} holds no checkpoint yet, so no stage can start there")
+    return checkpoint
+
+
+def _start_from(stage: StageConfig, model: ParallelModel) -> None:
+    """Load what ``stage`` does not train. All ranks call."""
+    checkpoint = from_rank_zero(lambda: stage_checkpoint(stage), model.ranks.control)
+    parts = model_parts(model)
+    kept = {f"model.{name}" for name, place in model.places.items() if place.frozen}
+    load_tensors(
+        checkpoint,
+        {name: part for name, part in parts.items() if name in kept},
+        model.ranks.control,
+        strict=False,
+    )
+
+
 def _facts(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> str:
     """One line on what is about to run."""
     total, active = parameter_counts(config.model)
@@ -182,6 +215,24 @@ def _start(run_dir: Path, fresh: bool, checkpoint: Path | None, trainer: Trainer
     if not fresh:
         return f"{run_dir}: no checkpoint was saved yet, starting from the beginning"
     return f"{run_dir}: training {trainer.train.steps} steps (interrupt with Ctrl-C, then resume)"
+
+
+def _what_next(config: RunConfig, run_dir: Path) -> str:
+    if config.model.causal or not can_foresee(config.model):
+        return f"measure it: coterie evaluate {run_dir}"
+    return f"make it causal: coterie train {run_dir} --stage aux"
+
+
+def _warn_of_losses(config: RunConfig, monitors: list[Monitor]) -> None:
+    moe = config.model.moe
+    if moe is None or config.model.causal:
+        return
+    drawn = "; evaluation.prompts are not continued" if config.evaluation.prompts else ""
+    _say(
+        monitors,
+        f"note: router {moe.router.kind} looks at later tokens, so losses are not those of a "
+        f"causal model{drawn}",
+    )
 
 
 def _warn_of_slow_bf16(config: RunConfig, ranks: Ranks, monitors: list[Monitor]) -> None:

@@ -45,6 +45,18 @@ class TrainConfig(Config):
         return self
 
 
+class StageConfig(Config):
+    """A second stage of training, which starts from the weights of a run."""
+
+    kind: Literal["aux"] = "aux"
+    """aux: auxiliary routers learn to foresee which experts take a token; all else stays as it
+    is."""
+    weights: str = Field(min_length=1)
+    """The folder of that run."""
+    step: int | None = Field(default=None, ge=0)
+    """Its checkpoint, by the step; null: the newest."""
+
+
 class EvaluationConfig(Config):
     """Evaluation on held-out data during training."""
 

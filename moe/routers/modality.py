@@ -29,6 +29,11 @@ class ModalityConfig(ExpertChoiceSettings):
     noise: bool = True
     """In training, add Gumbel noise to the logits (Gumbel-sigmoid; needs `score: sigmoid`)."""
 
+    @property
+    def causal(self) -> bool:
+        """Also where experts take all tokens of their modality (one expert for each)."""
+        return self.auxiliary or all(count <= self.capacity_factor for count in self.experts)
+
     def check(self, num_experts: int) -> None:
         if sum(self.experts) != num_experts:
             raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from coterie.parallel.evaluate import AUXILIARY
 from coterie.parallel.load import LayerLoad, LoadWindow
 from coterie.parallel.monitors.base import Monitor, RunFacts
 from coterie.parallel.step import StepReport
@@ -48,7 +49,10 @@ class Terminal(Monitor):
         self._window.add(report.layers)
         if self._window.steps == self.every:
             self._dead = sum(load.dead for load in self._window.take().values())
-        told = f"loss {report.loss:.3f}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
+        loss = f"loss {report.loss:.3f}"
+        if "auxiliary" in report.router_losses:  # what is trained then
+            loss = f"auxiliary {report.router_losses['auxiliary']:.4f}"
+        told = f"{loss}  {self._rate:,.0f} tokens/s  skew {report.skew:.2f}"
         told += _lost(report.layers.values()) + (f"  dead {self._dead}" if self._dead else "")
         self.progress(report.step, told)
 
@@ -60,8 +64,11 @@ class Terminal(Monitor):
             self.message(f"{self.unit} {step}/{self._steps}  {told}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        self.message(f"step {step}: held-out {losses} (nats per token)")
+        shown = [f"{name} {value:.3f}" for name, value in metrics.items()]
+        foreseen = [text for text in shown if text.startswith(AUXILIARY)]
+        losses = "  ".join(text for text in shown if text not in foreseen)
+        also = f"; {'  '.join(foreseen)}" if foreseen else ""
+        self.message(f"step {step}: held-out {losses} (nats per token){also}")
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

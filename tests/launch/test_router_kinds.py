@@ -39,15 +39,19 @@ def test_a_run_of_each_kind(kind: str, place: Path, capfd: pytest.CaptureFixture
     assert load_config("run/config.yaml") == load_config("kind.yaml")
     assert main(["resume", "run", "train.steps=3"]) == 0
     capfd.readouterr()
-    assert main(["evaluate", "run", "--json"]) == 0
+    causal = kind not in ("expert_choice", "modality")
+    assert main(["evaluate", "run", "--json"]) == (0 if causal else 2)
+    assert main(["generate", "run", "--prompt", "ab", "--length", "3"]) == (0 if causal else 2)
+    capfd.readouterr()
+    assert main(["evaluate", "run", "--json", "--non-causal"]) == 0
     whole = json.loads(capfd.readouterr().out)
-    assert main(["generate", "run", "--prompt", "ab", "--length", "3"]) == 0
+    assert all(name.startswith("non_causal/") != causal for name in whole)
     assert main(["plan", "kind.yaml", "--world", "2", "parallel.ep=2"]) == 0
     capfd.readouterr()
 
     code = main(["evaluate", "run", "--k", "1,2,4", "--json"])
     captured = capfd.readouterr()
-    if kind in ("expert_choice", "modality"):
+    if not causal:
         assert code == 2 and "--k 1: this router has no k" in captured.err
         return
     losses = json.loads(captured.out)

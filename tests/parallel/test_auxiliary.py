@@ -1,0 +1,177 @@
+"""Auxiliary routers are trained alone, with the same numbers in every layout, also after a resume;
+with them routing is causal, without them it is not."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coterie.launch.config import RunConfig
+from coterie.models import Decoder
+from coterie.moe.tokens import TokenInfo
+from coterie.parallel.distributed import Ranks, make_groups
+from coterie.parallel.rules import layout_of
+from tests.distributed import run_ranks
+from tests.parallel.tiny import (
+    ALONE,
+    VOCABULARY,
+    Recorder,
+    bits_differ,
+    checkpointer_of,
+    decoder_of,
+    model_of,
+    tiny_config,
+    trainer_of,
+    weights,
+)
+
+STEPS, HALF = 4, 2
+ROUTERS: dict[str, dict[str, Any]] = {
+    "modality": {"kind": "modality", "experts": [6, 2]},
+    "expert_choice": {"kind": "expert_choice", "capacity_factor": 2},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shards": {"ep": 2, "dp_shard": 2},
+    "pipeline of shards, one stage without experts": {"pp": 2, "dp_shard": 2, "stages": [1, 2]},
+    "zbv": {"pp": 2, "vpp": 2, "schedule": "zbv", "stages": [1, 1, 1, 0]},
+    "tensor and expert parallel": {"tp": 2, "ep": 2},
+    "context parallel": {"cp": 2, "ep": 4},
+}
+EVALUATED = {
+    *(
+        f"{way}loss{modality}"
+        for way in ("", "non_causal/")
+        for modality in ("", "/text", "/image")
+    ),
+    *(f"auxiliary/{name}" for name in ("cross_entropy", "agreement", "always_no")),
+}
+
+
+def config_of(
+    data: Path, router: str, parallel: dict[str, Any] | None = None, auxiliary: bool = True
+) -> RunConfig:
+    config = tiny_config(
+        data,
+        train={"steps": STEPS, "recompute": "full" if parallel else "none"},
+        checkpoint={"every": HALF},
+        optimizer={"warmup": 1, "lr": 1e-2, "decay": "linear"},
+        parallel=parallel or {},
+    )
+    tree = config.model_dump(mode="json")
+    tree["model"]["attention"]["kv_heads"] = 2
+    tree["model"]["moe"]["router"] = {**ROUTERS[router], "auxiliary": auxiliary}
+    if auxiliary:
+        tree["stage"] = {"weights": "another run"}
+    return RunConfig.model_validate(tree)
+
+
+Found = tuple[list[dict[str, Any]], dict[str, float], list[str]]
+
+
+def run(config: RunConfig, ranks: Ranks, folder: Path, checkpoint: Path | None = None) -> Found:
+    """Reports, held-out figures, and the names of this rank's parameters that training changed."""
+    recorder = Recorder()
+    with checkpointer_of(config, folder, ranks) as checkpointer:
+        trainer = trainer_of(config, ranks, checkpointer, [recorder])
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        before = weights(trainer.model)
+        outcome = trainer.run(folder)
+        return recorder.reports, outcome.metrics, bits_differ(weights(trainer.model), before)
+
+
+def on_ranks(
+    rank: int, configs: dict[str, RunConfig], folder: Path, alone: Path
+) -> dict[str, list[Found]]:
+    """By router: a whole run, and one from the middle of a run in one process."""
+    some = next(iter(configs.values()))
+    layout = layout_of(some.parallel, 4, some.model)
+    ranks = make_groups(layout, torch.device("cpu"), timedelta(seconds=60))
+    found = {}
+    for router, config in configs.items():
+        middle = alone / router / "checkpoints" / f"step_{HALF:08d}"
+        found[router] = [
+            run(config, ranks, folder / router / "whole"),
+            run(config, ranks, folder / router / "resumed", middle),
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
+    """Runs in one process, and their folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, {name: run(config_of(data, name), ALONE, folder / name) for name in ROUTERS}
+
+
+def test_auxiliary_routers_learn_and_all_else_stays(alone: tuple[Path, dict[str, Found]]) -> None:
+    for reports, metrics, changed in alone[1].values():
+        assert changed and all(".router.auxiliary." in name for name in changed)
+        losses = [report["router_losses"]["auxiliary"] for report in reports]
+        assert losses[-1] < losses[0]
+        assert metrics.keys() == EVALUATED
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_of_one_process(
+    layout: str, alone: tuple[Path, dict[str, Found]], data: Path, tmp_path: Path
+) -> None:
+    folder, truths = alone
+    configs = {router: config_of(data, router, LAYOUTS[layout]) for router in truths}
+    results = run_ranks(4, on_ranks, configs, tmp_path, folder, timeout=180)
+    for router, (truth, losses, _) in truths.items():
+        for found in results:
+            for ours, right in zip(found[router], (truth, truth[HALF:]), strict=True):
+                reports, metrics, changed = ours
+                assert len(reports) == len(right)
+                for mine, other in zip(reports, right, strict=True):
+                    assert mine["load"] == other["load"]
+                    for name in ("loss", "grad_norm"):
+                        assert mine[name] == pytest.approx(other[name], rel=1e-9), name
+                    assert mine["router_losses"] == pytest.approx(other["router_losses"], rel=1e-9)
+                assert metrics == pytest.approx(losses, rel=1e-9)
+                assert all(".router.auxiliary." in name for name in changed)
+        assert any(found[router][0][2] for found in results)
+
+
+def _logits(model: Decoder, tokens_BS: Tensor, by_choice: bool) -> Tensor:
+    rows = tokens_BS.shape[0]
+    info = TokenInfo(
+        modality_T=VOCABULARY.modality(tokens_BS).flatten(),
+        sequence_T=torch.arange(rows).repeat_interleave(tokens_BS.shape[1]),
+        by_choice=by_choice,
+    )
+    with torch.no_grad():
+        return model.eval()(tokens_BS, info).x
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_logits_of_a_prefix_are_those_of_the_whole(router: str, data: Path) -> None:
+    """With auxiliary routers; experts that choose see the future."""
+    model = model_of(config_of(data, router), ALONE)
+    with torch.no_grad():
+        for name, parameter in model.named():
+            if ".router." in name or name == "embedding.weight":
+                parameter.mul_(30)  # choices, and what they do, differ between tokens
+    decoder = decoder_of(model)
+    gen = torch.Generator().manual_seed(1)
+    tokens_BS = torch.randint(250, 259, (2, 12), generator=gen)  # bytes and grey levels
+    for by_choice in (False, True):
+        whole = _logits(decoder, tokens_BS, by_choice)
+        worst = max(
+            float((_logits(decoder, tokens_BS[:, :n], by_choice) - whole[:, :n]).abs().max())
+            for n in range(1, 12)
+        )
+        assert (worst > 1e-3) if by_choice else (worst < 1e-10)
+
+
+def test_models_say_whether_they_are_causal(data: Path) -> None:
+    for router in ROUTERS:
+        with_them = config_of(data, router).model
+        assert with_them.causal and with_them.auxiliary
+        without = config_of(data, router, auxiliary=False).model
+        assert not without.causal and not without.auxiliary
+    assert tiny_config(data).model.causal
