@@ -272,7 +272,7 @@ class Block(nn.Module):
         x_BSD: Tensor,
         info: TokenInfo,
         document_BS: Tensor | None,
-        modalities: Modalities | None,
+        modalities: Modalities | None = None,
         position_BS: Tensor | None = None,
     ) -> Result:
         entering_BSD = x_BSD if self.route_before_attention else None

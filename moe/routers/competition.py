@@ -44,10 +44,11 @@ def best(rank_ET: Tensor, open_ET: Tensor, share_E: Tensor) -> Tensor:
     take_E = torch.minimum((share_E * open_E + 1e-9).floor().long().clamp(min=1), open_E)
     most = max(int(take_E.max()), 1)
     rank_ET = rank_ET.contiguous().masked_fill(~open_ET, -torch.inf)
-    last_E1 = rank_ET.topk(most, dim=1).values.gather(1, take_E.clamp(min=1)[:, None] - 1)
-    result_ET = rank_ET >= last_E1
-    # more than it takes where others equal its last, fewer where some are no numbers
-    unclear_E = (result_ET.count_nonzero(1) != take_E).nonzero()[:, 0]
+    top_EK = rank_ET.topk(most, dim=1).values
+    result_ET = rank_ET >= top_EK.gather(1, take_E.clamp(min=1)[:, None] - 1)
+    # others may equal its last; what is no number comes first, and equals nothing
+    unclear_E = (result_ET.count_nonzero(1) != take_E) | top_EK[:, 0].isnan()
+    unclear_E = unclear_E.nonzero()[:, 0]
     if unclear_E.numel():
         some = (rank_ET[unclear_E], open_ET[unclear_E], take_E[unclear_E])
         result_ET[unclear_E] = _best_by_place(*some)

@@ -155,7 +155,7 @@ def parts_on_rank(rank: int, cp_size: int, tp_size: int) -> list[dict[str, Tenso
     sequence = Axis("sequence", rank, cp_size * tp_size, dist.group.WORLD)
     x_TD, info = whole_sequences()
     facts = {field.name: getattr(info, field.name) for field in fields(info)}
-    own = {n: None if x is None else parts_of(x, cp, tp) for n, x in facts.items()}
+    own = {n: parts_of(x, cp, tp) if isinstance(x, Tensor) else x for n, x in facts.items()}
     place_T = parts_of(torch.arange(ROWS * LENGTH), cp, tp)
     found = []
     for drop in DROPS:

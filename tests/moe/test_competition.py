@@ -35,6 +35,7 @@ def tables(draw: st.DrawFn) -> tuple[Table, list[float]]:
 @example(([[(0.0, True), (-0.0, True), (0.0, True)]], [0.5]))
 @example(([[(-math.inf, True), (-math.inf, False), (-math.inf, True)]], [0.3]))
 @example(([[(math.nan, True), (1.0, True), (math.nan, False), (2.0, True)]], [0.5]))
+@example(([[(1.0, True), (math.nan, True), (1.0, True)]], [0.67]))
 def test_the_best_are_those_of_a_sort(drawn: tuple[Table, list[float]]) -> None:
     table, shares = drawn
     rank_ET = torch.tensor([[rank for rank, _ in row] for row in table]).float()
