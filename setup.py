@@ -51,7 +51,11 @@ class BuildNative(build_ext):
 setup(
     packages=[*packages(), "coterie.configs"],
     package_dir={f"coterie.{folder}": folder for folder in (*FOLDERS, "configs")},
-    package_data={"coterie.csrc": list(NATIVE["SOURCES"]), "coterie.configs": ["**/*.yaml"]},
+    package_data={
+        "coterie.csrc": list(NATIVE["SOURCES"]),
+        "coterie.configs": ["**/*.yaml"],
+        "coterie.launch.report": ["page.*", "*.js"],
+    },
     include_package_data=False,
     # Names the libraries so that the wheel is marked for this platform; BuildNative makes them.
     ext_modules=[Extension("coterie.csrc._cpu", [], py_limited_api=True)],

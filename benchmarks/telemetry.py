@@ -5,7 +5,8 @@
 Without: no entropy, no counts by modality, nothing summed, brought over ranks or written to
 load.jsonl; only rows by expert, which the exchange needs. Two sizes: whole training steps of
 configs/quickstart.yaml, and one large layer forward and backward. Printed: medians of processor
-time, and of the difference of neighbours, as a part of the step without.
+time; what the functions that count take by themselves; and the difference of neighbouring steps,
+which also has what counting does to caches, and the machine's noise. Both as parts of a step.
 """
 
 import argparse
@@ -45,6 +46,13 @@ from coterie.parallel.optimizer import Optimizer
 from coterie.parallel.step import StepSettings, train_step
 from coterie.parallel.tally import Tally, Totals
 
+COUNTING: tuple[tuple[Any, str], ...] = (
+    (torch.special, "entr"),
+    (moe_layer, "layer_stats"),
+    (Tally, "routing"),
+    (Tally, "_with_ranks"),
+    (LoadLines, "step"),
+)
 Run = Callable[[int], None]
 """One step, by its number."""
 
@@ -77,6 +85,26 @@ def uncounted() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(owner, name, instead))
         yield
+
+
+@contextmanager
+def clocked() -> Iterator[list[float]]:
+    """Processor seconds of each call of what counts."""
+    found: list[float] = []
+
+    def timed(right: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            start = time.process_time()
+            result = right(*args)
+            found.append(time.process_time() - start)
+            return result
+
+        return wrapper
+
+    with ExitStack() as stack:
+        for owner, name in COUNTING:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        yield found
 
 
 def quickstart(folder: Path) -> Run:
@@ -130,8 +158,8 @@ def _batch(rows: int, sequence: int) -> Batch:
 
 
 def measure(run: Run, rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each step, counted and not, in turn."""
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    """Processor seconds of each step, counted and not, in turn, and of counting alone."""
+    seconds: dict[str, list[float]] = {"with": [], "without": [], "counting": []}
     for number in range(rounds + 3):
         # each goes first in every other round
         for kind in ("with", "without") if number % 2 else ("without", "with"):
@@ -142,6 +170,10 @@ def measure(run: Run, rounds: int) -> dict[str, list[float]]:
                 run(number)
                 if number >= 3:
                     seconds[kind].append(time.process_time() - start)
+        with clocked() as calls:
+            run(number)
+        if number >= 3:
+            seconds["counting"].append(sum(calls))
     return seconds
 
 
@@ -152,7 +184,9 @@ def summarise(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {
         "with_ms": statistics.median(seconds["with"]) * 1e3,
         "without_ms": plain * 1e3,
-        "cost": statistics.median(a - b for a, b in pairs) / plain,
+        "counting_ms": statistics.median(seconds["counting"]) * 1e3,
+        "cost": statistics.median(seconds["counting"]) / plain,
+        "difference": statistics.median(a - b for a, b in pairs) / plain,
     }
 
 
@@ -164,14 +198,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = {}
-    table = Table("size", "ms with", "ms without", "cost", title="counting the load")
+    table = Table(title="counting the load")
+    for heading in ("size", "ms with", "ms without", "ms counting", "cost", "difference"):
+        table.add_column(heading, justify="left" if heading == "size" else "right")
     for name, make in (("quick start, step", quickstart), ("E 64, k 6, T 4096", large_layer)):
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = summarise(measure(make(Path(folder)), options.rounds))
-        row = results[name]
-        table.add_row(
-            name, f"{row['with_ms']:.1f}", f"{row['without_ms']:.1f}", f"{row['cost']:.2%}"
-        )
+            row = results[name] = summarise(measure(make(Path(folder)), options.rounds))
+        times = [f"{row[key]:.2f}" for key in ("with_ms", "without_ms", "counting_ms")]
+        table.add_row(name, *times, f"{row['cost']:.2%}", f"{row['difference']:.2%}")
     Console(width=100).print(table)
     if options.json:
         options.json.write_text(

@@ -19,6 +19,7 @@ from coterie.launch import (
     dynamics_commands,
     membership,
     plan_command,
+    report_command,
     run_commands,
 )
 
@@ -33,6 +34,7 @@ run_commands.add_to(app)
 certify_command.add_to(app)
 checkpoint_commands.add_to(app)
 plan_command.add_to(app)
+report_command.add_to(app)
 data_commands.add_to(app)
 dynamics_commands.add_to(app)
 config_commands.add_to(app)

@@ -1,0 +1,1 @@
+"""``coterie report``: what a run recorded, as one HTML page."""

@@ -1,0 +1,115 @@
+"""What a run's folder says of it: lines of metrics.jsonl and load.jsonl."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coterie.core.errors import UserError
+from coterie.parallel.load import LayerLoad
+from coterie.parallel.monitors.jsonl import FILE, LOAD_FILE
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadRecord:
+    """The load of ``steps`` steps that end with ``step``."""
+
+    step: int
+    steps: int
+    layers: dict[int, LayerLoad]
+
+    @property
+    def first(self) -> int:
+        """The first of the steps."""
+        return self.step - self.steps + 1
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each layer, among how many ranks its rows were counted."""
+        return tuple(load.rows_R.size for load in self.layers.values())
+
+    def __add__(self, later: "LoadRecord") -> "LoadRecord":
+        layers = {layer: load + later.layers[layer] for layer, load in self.layers.items()}
+        return LoadRecord(later.step, self.steps + later.steps, layers)
+
+
+@dataclass(frozen=True)
+class Records:
+    """All lines, in the order of their steps."""
+
+    steps: list[Record]
+    """Those of training steps."""
+    evaluations: list[Record]
+    """Held-out losses."""
+    starts: list[Record]
+    """Where the run began and went on; none in runs of older versions."""
+    failure: Record | None
+    """The step that could not be taken."""
+    loads: list[LoadRecord]
+    """Empty: the model is dense, or the run is of an older version."""
+
+
+def read_records(run_dir: Path) -> Records:
+    """What ``run_dir`` holds. A line that a kill cut is left out.
+
+    Raises:
+        UserError: there is nothing yet, or a file cannot be read.
+    """
+    path = run_dir / FILE
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file, so nothing was recorded yet to report")
+    lines = _lines(path)
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise UserError(
+            f"{path}: holds no step yet; it gets its first line after monitor.every steps"
+        )
+    failures = [line for line in lines if "failure" in line]
+    loads = _lines(run_dir / LOAD_FILE) if (run_dir / LOAD_FILE).exists() else []
+    return Records(
+        steps,
+        [line for line in lines if "held_out/loss" in line],
+        [line for line in lines if "layout" in line],
+        failures[-1] if failures else None,
+        [_load(line, run_dir / LOAD_FILE) for line in loads],
+    )
+
+
+def _lines(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    found = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    return found
+
+
+def _load(record: Record, path: Path) -> LoadRecord:
+    try:
+        layers = {
+            int(layer): LayerLoad(
+                *(
+                    np.array(found[name], dtype=np.int64)
+                    for name in ("rows", "dropped", "tokens", "unrouted", "ranks")
+                ),
+                float(found["entropy"]),
+            )
+            for layer, found in record["layers"].items()
+        }
+        return LoadRecord(record["step"], record["steps"], layers)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: the line of step {record['step']} is not what 'coterie train' writes "
+            f"({type(error).__name__}: {error}); remove it"
+        ) from error
