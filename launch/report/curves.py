@@ -70,7 +70,7 @@ def curve(name: str, records: Iterable[Record], key: str) -> Curve:
 def thinned(points: Sequence[tuple[int, float]]) -> dict[str, list[float]]:
     """At most ``POINTS`` points: each the mean of its neighbours, with the lowest and the highest
     of them where it stands for several. The last step stays."""
-    each = -(-len(points) // POINTS)
+    each = max(1, -(-len(points) // POINTS))
     groups = [points[max(0, end - each) : end] for end in range(len(points), 0, -each)][::-1]
     found: dict[str, list[float]] = {
         "x": [group[-1][0] for group in groups],

@@ -26,6 +26,8 @@ def write_report(run_dir: Path, config: RunConfig, out: Path) -> Path:
     text = page(run_dir, config)
     if out.is_dir():
         raise UserError(f"--out {out}: is a directory; give the name of an HTML file")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is a file; give a name in a directory")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = out.with_name(f"{out.name}.new")
