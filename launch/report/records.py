@@ -99,11 +99,12 @@ def _load(record: Record, path: Path) -> LoadRecord:
     try:
         layers = {
             int(layer): LayerLoad(
-                *(
-                    np.array(found[name], dtype=np.int64)
-                    for name in ("rows", "dropped", "tokens", "unrouted", "ranks")
-                ),
-                float(found["entropy"]),
+                rows_ME=np.array(found["rows"], dtype=np.int64),
+                dropped_E=np.array(found["dropped"], dtype=np.int64),
+                tokens_M=np.array(found["tokens"], dtype=np.int64),
+                unrouted_M=np.array(found["unrouted"], dtype=np.int64),
+                rows_R=np.array(found["ranks"], dtype=np.int64),
+                entropy=float(found["entropy"]),
             )
             for layer, found in record["layers"].items()
         }

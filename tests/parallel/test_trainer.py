@@ -21,7 +21,9 @@ from coterie.launch.config import RunConfig
 from coterie.parallel.checkpoint import latest, list_checkpoints, read_state
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.distributed import Ranks
+from coterie.parallel.finite import NonFiniteError
 from coterie.parallel.monitors import Monitor
+from coterie.parallel.run_state import model_parts
 from coterie.parallel.step import StepReport
 from coterie.parallel.trainer import Trainer
 from tests.distributed import Ranks as Processes
@@ -240,6 +242,37 @@ def test_a_report_that_cannot_be_written_is_a_sentence(
     ):
         trainer.run(tmp_path)
     assert full.closed == 1
+
+
+class _Failing(Recorder):
+    """Hears of the failure; the weights are spoilt after its step."""
+
+    def __init__(self, spoil: Callable[[], None]) -> None:
+        super().__init__()
+        self.spoil = spoil
+        self.failures: list[tuple[int, str]] = []
+
+    def step(self, report: StepReport) -> None:
+        super().step(report)
+        if report.step == 2:
+            self.spoil()
+
+    def failure(self, step: int, reason: str) -> None:
+        self.failures.append((step, reason))
+        raise OSError(28, "No space left on device")  # must not hide the failure
+
+
+def test_monitors_hear_of_the_step_that_failed(data: Path, tmp_path: Path) -> None:
+    heard = _Failing(
+        lambda: model_parts(trainer.model)["model.head.weight"].tensor.fill_(torch.nan)
+    )
+    with (
+        started(config_of(data), ALONE, tmp_path, heard) as (trainer, _),
+        pytest.raises(NonFiniteError) as raised,
+    ):
+        trainer.run(tmp_path)
+    assert heard.failures == [(3, str(raised.value))]
+    assert "step 3: the loss is nan" in str(raised.value)
 
 
 # --- signals ------------------------------------------------------------------------------------
