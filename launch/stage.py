@@ -65,14 +65,21 @@ def check_stage(config: RunConfig) -> None:
     first = load_config(saved_config(run_dir))
     stage_checkpoint(config.stage)
     if not can_foresee(first.model) or _with_auxiliary(first.model) != config.model:
+        keys = "model.moe.router.auxiliary"
+        if config.model.mixture_of_depths is not None:
+            keys += " and model.mixture_of_depths.auxiliary"
         raise UserError(
-            f"stage.weights: the model of {run_dir} is another than this one; only "
-            "model.moe.router.auxiliary may differ"
+            f"stage.weights: the model of {run_dir} is another than this one; only {keys} may differ"
         )
 
 
 def _with_auxiliary(model: DecoderConfig) -> DecoderConfig:
-    assert model.moe is not None
-    router = model.moe.router.model_copy(update={"auxiliary": True})
-    moe = model.moe.model_copy(update={"router": router})
-    return model.model_copy(update={"moe": moe})
+    """``model`` with auxiliary routers wherever something looks at later tokens."""
+    changes: dict[str, Any] = {}
+    moe, depths = model.moe, model.mixture_of_depths
+    if moe is not None and not moe.router.causal:
+        router = moe.router.model_copy(update={"auxiliary": True})
+        changes["moe"] = moe.model_copy(update={"router": router})
+    if depths is not None and not depths.causal:
+        changes["mixture_of_depths"] = depths.model_copy(update={"auxiliary": True})
+    return model.model_copy(update=changes)

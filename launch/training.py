@@ -12,7 +12,7 @@ from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.launch import child
 from coterie.launch.assemble import build_model, join, open_data
-from coterie.launch.causality import can_foresee
+from coterie.launch.causality import can_foresee, who_looks_ahead
 from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
@@ -224,14 +224,12 @@ def _what_next(config: RunConfig, run_dir: Path) -> str:
 
 
 def _warn_of_losses(config: RunConfig, monitors: list[Monitor]) -> None:
-    moe = config.model.moe
-    if moe is None or config.model.causal:
+    if config.model.causal:
         return
     drawn = "; evaluation.prompts are not continued" if config.evaluation.prompts else ""
     _say(
         monitors,
-        f"note: router {moe.router.kind} looks at later tokens, so losses are not those of a "
-        f"causal model{drawn}",
+        f"note: {who_looks_ahead(config.model)}, so losses are not those of a causal model{drawn}",
     )
 
 

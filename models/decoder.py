@@ -158,7 +158,16 @@ class DecoderConfig(Config):
     @property
     def auxiliary(self) -> bool:
         """Whether auxiliary routers are trained, and they alone."""
-        return self.moe is not None and self.moe.router.foresees
+        depths = self.mixture_of_depths
+        return (self.moe is not None and self.moe.router.foresees) or (
+            depths is not None and depths.auxiliary
+        )
+
+    @property
+    def foresees(self) -> bool:
+        """Whether there are auxiliary routers."""
+        depths = self.mixture_of_depths
+        return self.auxiliary or (depths is not None and depths.foresees)
 
     @property
     def causal(self) -> bool:

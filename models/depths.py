@@ -23,7 +23,7 @@ from coterie.comm.sequence import (
     sequence_part,
 )
 from coterie.core.config import Config
-from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight_loss
+from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.competition import best
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
@@ -49,19 +49,27 @@ class MixtureOfDepthsConfig(Config):
     """What multiplies the block's result, of the router's r = x · w: sigmoid(r) (MoMa), or r (as
     first published)."""
     predictor: bool = False
-    """Train a predictor of which tokens pass, by a loss of its own that nothing else sees;
-    evaluation and generation then ask it, token by token. Without it they too take the highest
-    scores, which depend on later tokens."""
+    """Train, beside all else, a predictor of which tokens pass, by a loss of its own that changes
+    nothing else; evaluation and generation then ask it, token by token. Without it they too take
+    the highest scores, which depend on later tokens."""
+    auxiliary: bool = False
+    """The model's second stage: the same predictor is trained while all else stays as it is.
+    `coterie train RUN --stage aux` sets it."""
 
     @property
     def causal(self) -> bool:
         """Whether, in evaluation, what passes is chosen without a look at later tokens."""
-        return self.predictor
+        return self.foresees
+
+    @property
+    def foresees(self) -> bool:
+        """Whether there is a predictor."""
+        return self.predictor or self.auxiliary
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """The losses that such blocks return in training."""
-        return ("depth_predictor",) if self.predictor else ()
+        return ("depth_predictor",) if self.foresees else ()
 
     def chooses(self, layer: int) -> bool:
         """Whether block ``layer`` is such a block."""
@@ -89,7 +97,7 @@ class Depths(nn.Module):
         super().__init__()
         self.config, self.axes = config, axes
         self.weight_D = nn.Parameter(torch.empty(width))
-        self.predictor = AuxiliaryRouter(width, 1) if config.predictor else None
+        self.predictor = AuxiliaryRouter(width, 1) if config.foresees else None
 
     def forward(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None, inside: Inside
@@ -99,8 +107,9 @@ class Depths(nn.Module):
         with torch.autocast(x_BSD.device.type, enabled=False):
             score_BS = x_BSD.to(self.weight_D.dtype) @ self.weight_D
             asked_BS = None if self.predictor is None else self.predictor(x_BSD).squeeze(-1)
-        chosen_BS = self._chosen(score_BS, asked_BS, whole)
-        passing = self._passing(chosen_BS)
+        foretold_BS = None if self.training or info.by_choice else asked_BS
+        chosen_BS = self._chosen(score_BS, foretold_BS, whole)
+        passing = self._passing(chosen_BS, fixed=foretold_BS is None)
 
         own_BC = sequence_part(passing.token_BC, self.axes.cp, self.axes.tp)
         passes_T = sequence_part(passing.passes_BC, self.axes.cp, self.axes.tp).flatten()
@@ -115,46 +124,57 @@ class Depths(nn.Module):
         )
         gate_BS = score_BS.sigmoid() if self.config.score == "sigmoid" else score_BS
         result_BSD = courier.add(x_BSD, gate_BS, y_BCD - taken_BCD)
-        if self.training and asked_BS is not None:
-            name, loss = "depth_predictor", self._loss(asked_BS, chosen_BS, info.padding_T)
-            losses = {**losses, name: loss}
+        if asked_BS is not None and foretold_BS is None:
+            pairs = self._pairs(asked_BS, chosen_BS, info.padding_T)
+            if self.training:
+                losses = {**losses, "depth_predictor": foresight_loss(*pairs, self.axes.data)}
+            else:
+                stats = _with_foresight(stats, foresight(*pairs))
         return result_BSD, losses, stats
 
     @torch.no_grad()
-    def _chosen(self, score_BS: Tensor, asked_BS: Tensor | None, whole: TokenInfo) -> Tensor:
-        """bool (B, S), by position in whole sequences: the tokens that pass."""
-        by_predictor = not self.training
-        if asked_BS is None or self.training:
-            by_predictor, asked_BS = False, score_BS
-        ranked_BS = _by_position(asked_BS, self.axes)
+    def _chosen(self, score_BS: Tensor, foretold_BS: Tensor | None, whole: TokenInfo) -> Tensor:
+        """bool (B, S), by position in whole sequences: the tokens that pass, those with the highest
+        scores or those that the predictor says."""
+        ranked_BS = _by_position(score_BS if foretold_BS is None else foretold_BS, self.axes)
         open_BS = torch.ones_like(ranked_BS, dtype=torch.bool)
         if whole.padding_T is not None:
             open_BS = ~whole.padding_T.view_as(ranked_BS)
-        if by_predictor or not len(ranked_BS):
+        if foretold_BS is not None or not len(ranked_BS):
             return open_BS & (ranked_BS > 0)
         share_B = ranked_BS.new_full((len(ranked_BS),), self.config.capacity, dtype=torch.float64)
         return best(ranked_BS.float(), open_BS, share_B)
 
-    def _passing(self, chosen_BS: Tensor) -> "Passing":
-        """The tokens that pass in their order, then others up to a number of places that is fixed
-        in training."""
+    def _passing(self, chosen_BS: Tensor, fixed: bool) -> "Passing":
+        """The tokens that pass in their order, then others up to a number of places, ``fixed`` or
+        as many as a sequence needs."""
         count_B = chosen_BS.sum(1)
         rows, length = chosen_BS.shape
         tp, cp = self.axes.tp.size, self.axes.cp.size
         places = self.config.places(length, tp, cp)
-        if self.predictor is not None and not self.training:
+        if not fixed:
             places = _rounded(max(1, int(count_B.max())) if rows else 1, tp, cp)
         token_BC = (~chosen_BS).long().argsort(dim=1, stable=True)[:, :places]
         passes_BC = torch.arange(places, device=chosen_BS.device) < count_B[:, None]
         return Passing(token_BC, passes_BC)
 
-    def _loss(self, asked_BS: Tensor, chosen_BS: Tensor, padding_T: Tensor | None) -> Tensor:
-        """This rank's share of the mean cross-entropy of the predictor's answers."""
+    def _pairs(
+        self, asked_BS: Tensor, chosen_BS: Tensor, padding_T: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this rank's tokens: what the predictor says, what is right, and which ones count."""
         right_BS = sequence_part(chosen_BS, self.axes.cp, self.axes.tp)
         open_BS = torch.ones_like(right_BS)
         if padding_T is not None:
             open_BS = ~padding_T.view_as(right_BS)
-        return foresight_loss(asked_BS, right_BS, open_BS, self.axes.data)
+        return asked_BS, right_BS, open_BS
+
+
+def _with_foresight(stats: RoutingStats | None, seen: Tensor) -> RoutingStats:
+    """``stats`` of the block's router, if it has one, and how well the block was foreseen."""
+    if stats is None:
+        none_E = torch.zeros(0, dtype=torch.int64, device=seen.device)
+        return RoutingStats(none_E, none_E, none_E.sum(), seen.new_zeros(()), seen)
+    return replace(stats, foresight=seen if stats.foresight is None else stats.foresight + seen)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ def evaluate(
     with ``non_causal/`` before it where routers look at later tokens.
 
     With auxiliary routers, which choose causally, the losses of the choices that they foresee too
-    (``non_causal/``), and over all pairs of token and expert (``auxiliary/``): ``cross_entropy`` in
-    nats, ``agreement``, the part that they foresee right, and ``always_no``, the part that the
-    answer "not chosen" would.
+    (``non_causal/``), and over all pairs of token and expert, or block (``auxiliary/``):
+    ``cross_entropy`` in nats, ``agreement``, the part that they foresee right, and ``always_no``,
+    the part that the answer "not chosen" would.
 
     ``batch``: sequences at once over all ranks; ``sequences``: at most so many, None: all of them.
     ``k``: experts for each token, None: as many as the router is configured for.
@@ -45,7 +45,7 @@ def evaluate(
     model.eval()
     passed = _Pass(model, dataset, precision, batch, sequences, k)
     metrics = passed.losses("" if model.config.causal else NON_CAUSAL)
-    if model.config.auxiliary:
+    if model.config.foresees:
         by_choice = _Pass(model, dataset, precision, batch, sequences, k, by_choice=True)
         metrics |= by_choice.losses(NON_CAUSAL) | by_choice.foresight()
     model.train(was_training)

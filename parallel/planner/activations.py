@@ -135,7 +135,7 @@ def choosing(work: Workload, layer: int) -> Held:
     kept = stream + work.own * work.whole + places * (INT + split)
     # cosines and sines of the places' positions
     kept += 2 * inside.gathered * work.head_width * work.half
-    if depths.predictor:  # both hidden values; its answer, the right one, and what is no token
+    if depths.foresees:  # both hidden values; its answer, the right one, and what is no token
         hidden = -(-work.model.width // 2)
         kept += work.own * ((2 * hidden + 2) * work.whole + 1) + INT
     whole = places * work.model.width * work.whole

@@ -48,7 +48,7 @@ def _block(work: Workload, experts: int) -> Flops:
 def _choosing(work: Workload, depths: MixtureOfDepthsConfig) -> Flops:
     """The scores of all tokens, and the predictor's answers."""
     width, hidden = work.model.width, -(-work.model.width // 2)
-    weights = width + (hidden * (width + 1) if depths.predictor else 0)
+    weights = width + (hidden * (width + 1) if depths.foresees else 0)
     return Flops(2.0 * work.own * weights)
 
 

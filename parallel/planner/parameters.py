@@ -109,7 +109,7 @@ def _block(config: DecoderConfig, layer: int) -> Iterator[_Entry]:
     yield from _norm(config, "feed_forward_norm", width)
     if depths := config.depths_of(layer):
         yield "depths.weight_D", (width,), (), False
-        if depths.predictor:
+        if depths.foresees:
             hidden = -(-width // 2)
             yield "depths.predictor.w_in", (hidden, width), (), False
             yield "depths.predictor.w_out", (1, hidden), (), False

@@ -228,7 +228,7 @@ def test_tokens_keep_their_positions() -> None:
     y_BSD = block(x_BSD, TokenInfo())[0]
     (chosen,) = ((y_BSD != x_BSD).any(-1)).nonzero(as_tuple=True)[1:]
     assert len(chosen) == 4 and int(chosen[-1] - chosen[0]) > 3
-    inner = block._layers(x_BSD[:, chosen], TokenInfo(), None)[0]
+    inner = block._layers(x_BSD[:, chosen], TokenInfo(), None, None)[0]
     gate_S1 = (x_BSD[0, chosen] @ block.depths.weight_D).sigmoid()[:, None]
     side_by_side = x_BSD[0, chosen] + gate_S1 * (inner[0] - x_BSD[0, chosen])
     assert error(y_BSD[0, chosen], side_by_side) > 1e-3
@@ -361,6 +361,56 @@ def test_in_evaluation_as_many_pass_as_the_predictor_says() -> None:
     with torch.no_grad():
         block.depths.predictor.w_out.zero_()  # nobody
     assert torch.equal(block(x_BSD, INFO, DOCUMENT_BS)[0], x_BSD)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_evaluation_by_choice_counts_how_well_it_is_foreseen(layer: int) -> None:
+    block = block_of(model({"predictor": True}), layer)
+    assert block.depths is not None and block.depths.predictor is not None
+    x_BSD = randn(B, S, WIDTH, seed=14)
+    chosen = block.train()(x_BSD, INFO, DOCUMENT_BS)
+    foreseen = block.eval()(x_BSD, INFO, DOCUMENT_BS)
+    by_choice = block(x_BSD, replace(INFO, by_choice=True), DOCUMENT_BS)
+    assert torch.equal(by_choice[0], chosen[0]) and not torch.equal(foreseen[0], chosen[0])
+    assert foreseen[2] is None or foreseen[2].foresight is None
+    assert by_choice[2] is not None and by_choice[2].foresight is not None
+    pairs, right, members, cross_entropy = by_choice[2].foresight.tolist()
+    yes_BS, passed_BS = (foreseen[0] != x_BSD).any(-1), (chosen[0] != x_BSD).any(-1)
+    assert pairs == int((~PADDING_BS).sum()) and members == int(passed_BS.sum())
+    assert right == int((yes_BS == passed_BS)[~PADDING_BS].sum()) < pairs
+    assert cross_entropy / pairs == pytest.approx(float(chosen[1]["depth_predictor"]), rel=1e-12)
+
+
+def test_a_second_stage_trains_the_predictor_alone() -> None:
+    first = model()
+    second = model({"auxiliary": True}).train()
+    names = {n for n, p in second.named_parameters() if p.requires_grad}
+    assert names == {f"blocks.{n}.depths.predictor.{w}" for n in (0, 2) for w in ("w_in", "w_out")}
+    weights = dict(second.named_parameters())
+    for name, parameter in first.named_parameters():  # another stage, the same other weights
+        assert torch.equal(weights[name], parameter), name
+    out = second(tokens(B, S), INFO)
+    assert torch.equal(out.x, first.train()(tokens(B, S), INFO).x)
+    out.losses["depth_predictor"].backward()
+    assert {n for n, p in weights.items() if p.grad is not None} == names
+
+
+def test_who_is_causal() -> None:
+    def config_of(depths: dict[str, Any] | None, **router: Any) -> DecoderConfig:
+        moe = {"experts": {"count": 4, "hidden": 6}, "router": router}
+        return config(**SETTINGS | {"moe": moe, "mixture_of_depths": depths})
+
+    chosen = {"kind": "expert_choice"}
+    assert config_of(None).causal and not config_of(None).foresees
+    assert not config_of({}).causal
+    for kind in ("predictor", "auxiliary"):
+        settings = config_of({kind: True})
+        assert settings.causal and settings.foresees
+        assert settings.auxiliary == (kind == "auxiliary")
+        assert settings.loss_names[-1] == "depth_predictor"
+        assert not config_of({kind: True}, **chosen).causal
+        assert config_of({kind: True}, **chosen, auxiliary=True).causal
+    assert not config_of({}, **chosen, auxiliary=True).causal
 
 
 def test_no_rows() -> None:

@@ -120,7 +120,7 @@ def saved_on_rank(rank: int, cases: list[tuple[dict[str, int], DecoderConfig]]) 
 
 def test_kept_on_two_ranks_is_what_autograd_saves() -> None:
     cases = [({axis: 2}, depths(**SETTINGS[n])) for axis in ("tp", "cp") for n in SETTINGS]
-    seen = run_ranks(2, saved_on_rank, cases)
+    seen = run_ranks(2, saved_on_rank, cases, timeout=120.0)
     for number, (sizes, config) in enumerate(cases):
         # of cp's ranks one has the larger masks
         most = [max(blocks) for blocks in zip(*(rank[number] for rank in seen), strict=True)]
