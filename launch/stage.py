@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import UserError
-from coterie.launch.causality import can_foresee
+from coterie.launch.causality import can_foresee, looks_ahead
 from coterie.launch.check import saved_config
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, load_config
@@ -41,7 +41,8 @@ def stage_config(stage: str, run_dir: Path, overrides: list[str]) -> RunConfig:
         )
     if not can_foresee(before.model):
         raise UserError(
-            f"{run_dir}: its router has no auxiliary routers; --stage aux is for others"
+            f"{run_dir}: {looks_ahead(before.model)}, which no auxiliary router can foresee; they "
+            "are for experts that choose (modality, expert_choice)"
         )
     run = str(run_dir.resolve())
     checkpoint = stage_checkpoint(StageConfig(weights=run))
@@ -66,13 +67,15 @@ def check_stage(config: RunConfig) -> None:
     stage_checkpoint(config.stage)
     if not can_foresee(first.model) or _with_auxiliary(first.model) != config.model:
         raise UserError(
-            f"stage.weights: the model of {run_dir} is another than this one; only "
-            "model.moe.router.auxiliary may differ"
+            f"stage.weights: the model of {run_dir} is another than this one; only its auxiliary "
+            "routers may be new"
         )
 
 
 def _with_auxiliary(model: DecoderConfig) -> DecoderConfig:
     assert model.moe is not None
     router = model.moe.router.model_copy(update={"auxiliary": True})
-    moe = model.moe.model_copy(update={"router": router})
-    return model.model_copy(update={"moe": moe})
+    update: dict[str, Any] = {"moe": model.moe.model_copy(update={"router": router})}
+    if model.mixture_of_depths is not None:
+        update["mixture_of_depths"] = model.mixture_of_depths.model_copy(update={"predictor": True})
+    return model.model_copy(update=update)

@@ -12,13 +12,19 @@ from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.launch import child
 from coterie.launch.assemble import build_model, join, open_data
-from coterie.launch.causality import can_foresee
+from coterie.launch.causality import can_foresee, looks_ahead
 from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import dump_config
 from coterie.models.placement import parameter_counts
-from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints, load_tensors
+from coterie.parallel.checkpoint import (
+    Checkpointer,
+    latest,
+    list_checkpoints,
+    load_tensors,
+    read_manifest,
+)
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.config import StageConfig
 from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
@@ -182,16 +188,15 @@ def stage_checkpoint(stage: StageConfig) -> Path:
 
 
 def _start_from(stage: StageConfig, model: ParallelModel) -> None:
-    """Load what ``stage`` does not train. All ranks call."""
+    """Load all weights that there are; others are of what ``stage`` adds. All ranks call."""
     checkpoint = from_rank_zero(lambda: stage_checkpoint(stage), model.ranks.control)
-    parts = model_parts(model)
-    kept = {f"model.{name}" for name, place in model.places.items() if place.frozen}
-    load_tensors(
-        checkpoint,
-        {name: part for name, part in parts.items() if name in kept},
-        model.ranks.control,
-        strict=False,
-    )
+    there = read_manifest(checkpoint).tensors
+    into = {
+        name: part
+        for name, part in model_parts(model).items()
+        if name in there or model.places[name.removeprefix("model.")].frozen
+    }
+    load_tensors(checkpoint, into, model.ranks.control, strict=False)
 
 
 def _facts(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> str:
@@ -224,14 +229,12 @@ def _what_next(config: RunConfig, run_dir: Path) -> str:
 
 
 def _warn_of_losses(config: RunConfig, monitors: list[Monitor]) -> None:
-    moe = config.model.moe
-    if moe is None or config.model.causal:
+    if config.model.causal:
         return
     drawn = "; evaluation.prompts are not continued" if config.evaluation.prompts else ""
     _say(
         monitors,
-        f"note: router {moe.router.kind} looks at later tokens, so losses are not those of a "
-        f"causal model{drawn}",
+        f"note: {looks_ahead(config.model)}, so losses are not those of a causal model{drawn}",
     )
 
 

@@ -124,7 +124,7 @@ class Depths(nn.Module):
     def _chosen(self, score_BS: Tensor, asked_BS: Tensor | None, whole: TokenInfo) -> Tensor:
         """bool (B, S), by position in whole sequences: the tokens that pass."""
         by_predictor = not self.training
-        if asked_BS is None or self.training:
+        if asked_BS is None or self.training or whole.by_choice:
             by_predictor, asked_BS = False, score_BS
         ranked_BS = _by_position(asked_BS, self.axes)
         open_BS = torch.ones_like(ranked_BS, dtype=torch.bool)

@@ -23,6 +23,7 @@ SHOWN = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/checkpoints.md",
+    "docs/moma.md",
     "docs/parallelism.md",
     "docs/plan.md",
     "docs/quickstart.md",
