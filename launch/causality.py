@@ -1,4 +1,4 @@
-"""What may be said of a model whose routers look at later tokens."""
+"""What may be said of a model that looks at later tokens."""
 
 from pathlib import Path
 

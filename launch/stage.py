@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import UserError
-from coterie.launch.causality import can_foresee
+from coterie.launch.causality import can_foresee, who_looks_ahead
 from coterie.launch.check import saved_config
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, load_config
@@ -41,7 +41,8 @@ def stage_config(stage: str, run_dir: Path, overrides: list[str]) -> RunConfig:
         )
     if not can_foresee(before.model):
         raise UserError(
-            f"{run_dir}: its router has no auxiliary routers; --stage aux is for others"
+            f"{run_dir}: {who_looks_ahead(before.model)}, which no auxiliary router can foresee; "
+            "they are for experts that choose (modality, expert_choice)"
         )
     run = str(run_dir.resolve())
     checkpoint = stage_checkpoint(StageConfig(weights=run))
@@ -69,7 +70,8 @@ def check_stage(config: RunConfig) -> None:
         if config.model.mixture_of_depths is not None:
             keys += " and model.mixture_of_depths.auxiliary"
         raise UserError(
-            f"stage.weights: the model of {run_dir} is another than this one; only {keys} may differ"
+            f"stage.weights: the model of {run_dir} is another than this one; only {keys} may "
+            "differ"
         )
 
 

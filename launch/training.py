@@ -18,7 +18,13 @@ from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import dump_config
 from coterie.models.placement import parameter_counts
-from coterie.parallel.checkpoint import Checkpointer, latest, list_checkpoints, load_tensors
+from coterie.parallel.checkpoint import (
+    Checkpointer,
+    latest,
+    list_checkpoints,
+    load_tensors,
+    read_manifest,
+)
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.config import StageConfig
 from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
@@ -182,16 +188,15 @@ def stage_checkpoint(stage: StageConfig) -> Path:
 
 
 def _start_from(stage: StageConfig, model: ParallelModel) -> None:
-    """Load what ``stage`` does not train. All ranks call."""
+    """Load all weights that there are; others are of what ``stage`` adds. All ranks call."""
     checkpoint = from_rank_zero(lambda: stage_checkpoint(stage), model.ranks.control)
-    parts = model_parts(model)
-    kept = {f"model.{name}" for name, place in model.places.items() if place.frozen}
-    load_tensors(
-        checkpoint,
-        {name: part for name, part in parts.items() if name in kept},
-        model.ranks.control,
-        strict=False,
-    )
+    there = read_manifest(checkpoint).tensors
+    into = {
+        name: part
+        for name, part in model_parts(model).items()
+        if name in there or model.places[name.removeprefix("model.")].frozen
+    }
+    load_tensors(checkpoint, into, model.ranks.control, strict=False)
 
 
 def _facts(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> str:

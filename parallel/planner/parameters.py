@@ -68,17 +68,18 @@ class Parameter:
 def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     """All parameters, named as the model names them."""
     width, vocabulary = config.width, config.vocabulary
-    yield Parameter("embedding.weight", (vocabulary, width), ("embedding", 0), ((0, "tp"),))
+    table, split, frozen = (vocabulary, width), ((0, "tp"),), config.auxiliary
+    yield Parameter("embedding.weight", table, ("embedding", 0), split, frozen)
     for layer in range(config.layers):
         for name, shape, cuts, in_experts in _block(config, layer):
             if config.first_like(layer) < layer and not _own(name):
                 continue
             unit = ("experts" if in_experts else "block", layer)
-            frozen = name in _frozen(config)
-            yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts, frozen)
-    yield Parameter("norm.weight", (width,), ("head", 0))
+            fixed = _frozen(config, name)
+            yield Parameter(f"blocks.{layer}.{name}", shape, unit, cuts, fixed)
+    yield Parameter("norm.weight", (width,), ("head", 0), frozen=frozen)
     if not config.tie_embeddings:
-        yield Parameter("head.weight", (vocabulary, width), ("head", 0), ((0, "tp"),))
+        yield Parameter("head.weight", table, ("head", 0), split, frozen)
 
 
 def _own(name: str) -> bool:
@@ -154,12 +155,14 @@ def _router(config: DecoderConfig, count: int) -> dict[str, torch.nn.Parameter]:
     return {f"moe.router.{name}": parameter for name, parameter in router.named_parameters()}
 
 
-@cache
-def _frozen(config: DecoderConfig) -> set[str]:
+def _frozen(config: DecoderConfig, name: str) -> bool:
+    """Whether a parameter of a block, by its name there, is not trained."""
+    if config.auxiliary:
+        return not name.startswith(("moe.router.auxiliary.", "depths.predictor."))
     if config.moe is None:
-        return set()
+        return False
     router = _router(config, config.moe.experts.count)
-    return {name for name, parameter in router.items() if not parameter.requires_grad}
+    return name in router and not router[name].requires_grad
 
 
 def _norm(config: DecoderConfig, name: str, width: int) -> Iterator[_Entry]:

@@ -186,7 +186,7 @@ def test_a_router_that_cannot_be_made_causal_is_named(
     assert main(["evaluate", "first", "--k", "1", "--non-causal"]) == 0
     assert "non_causal/loss" in capfd.readouterr().out
     assert main(["train", "first", "--stage", "aux"]) == 2
-    assert "its router has no auxiliary routers" in capfd.readouterr().err
+    assert "which no auxiliary router can foresee" in capfd.readouterr().err
 
 
 def test_a_stage_may_be_a_file(first: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -200,3 +200,37 @@ def test_a_stage_may_be_a_file(first: str, capfd: pytest.CaptureFixture[str]) ->
     assert "is a run of stage aux itself; go on with it by 'coterie resume second'" in (
         capfd.readouterr().err
     )
+
+
+def test_blocks_that_choose_tokens_are_foreseen_too(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(Path("good.yaml").read_text())
+    tree["model"]["mixture_of_depths"] = {"capacity": 0.5}
+    Path("first.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", "first.yaml", "--run-dir", "one", "--nproc", "1"]) == 0
+    assert main(["evaluate", "one"]) == 2
+    told = capfd.readouterr().err.strip()
+    assert told.endswith(
+        "one: mixture_of_depths looks at later tokens, so its held-out loss is not that of a "
+        "causal model; train auxiliary routers, by 'coterie train one --stage aux', or ask for "
+        "that figure with --non-causal"
+    )
+    router = "model.moe.router={kind: modality, experts: [3, 1]}"
+    assert main(["train", "first.yaml", router, "--run-dir", "two", "--nproc", "1"]) == 0
+    assert main(["evaluate", "two"]) == 2
+    told = capfd.readouterr().err
+    assert "router modality and mixture_of_depths look at later tokens" in told
+    assert main(["train", "two", "--stage", "aux", "--run-dir", "three", "--nproc", "1"]) == 0
+    kept, weights = digests("two"), digests("three")
+    new = {name for name in weights if name.startswith("model.") and name not in kept}
+    kinds = {("router.auxiliary" in name, "depths.predictor" in name) for name in new}
+    assert kinds == {(True, False), (False, True)}
+    assert all(weights[name] == kept[name] for name in kept if name.startswith("model."))
+    capfd.readouterr()
+    assert main(["evaluate", "three", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert main(["evaluate", "two", "--json", "--non-causal"]) == 0
+    before = json.loads(capfd.readouterr().out)
+    assert before == pytest.approx({name: found[name] for name in before})
+    assert main(["generate", "three", "--prompt", "ab", "--length", "3"]) == 0

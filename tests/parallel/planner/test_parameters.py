@@ -59,7 +59,13 @@ LAYOUTS = [
 ]
 
 
-ROUTERS = [{"k": 2}, {"k": 2, "bias_update": 0.1}, {"kind": "random_fixed"}, {"kind": "hash"}]
+ROUTERS = [
+    {"k": 2},
+    {"k": 2, "bias_update": 0.1},
+    {"kind": "random_fixed"},
+    {"kind": "hash"},
+    {"kind": "modality", "experts": [6, 2], "auxiliary": True},
+]
 
 
 def routed(router: dict[str, Any]) -> DecoderConfig:
