@@ -20,6 +20,7 @@ from coterie.launch import (
     membership,
     plan_command,
     run_commands,
+    upcycle_command,
 )
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 run_commands.add_to(app)
+upcycle_command.add_to(app)
 certify_command.add_to(app)
 checkpoint_commands.add_to(app)
 plan_command.add_to(app)
