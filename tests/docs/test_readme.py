@@ -27,6 +27,7 @@ SHOWN = (
     "docs/plan.md",
     "docs/quickstart.md",
     "docs/smoe_dropout.md",
+    "docs/upcycling.md",
 )
 RANKS = 2
 TORCHRUN = f"# torchrun --standalone --nproc-per-node {RANKS}\n"

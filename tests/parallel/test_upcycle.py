@@ -21,6 +21,7 @@ from coterie.parallel.checkpoint import (
     read_state,
     verify,
 )
+from coterie.parallel.layout import LayoutConfig
 from coterie.parallel.micro_batch import token_info
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.optimizer import Optimizer, learning_rate
@@ -85,8 +86,9 @@ def save(config: RunConfig, run: Path, world: int = 1) -> Path:
     return run / "checkpoints" / f"step_{STEP:08d}"
 
 
-def save_on_rank(rank: int, config: RunConfig, run: Path, world: int) -> None:
-    save(config, run, world)
+def save_on_rank(rank: int, configs: list[RunConfig], folder: Path) -> None:
+    for number, config in enumerate(configs):
+        save(config, folder / f"old_{number}", 2)
 
 
 def grown(source: Path, config: RunConfig, run: Path, how: Any = "copy", world: int = 1) -> Path:
@@ -246,12 +248,7 @@ def test_untying_gives_each_modality_the_shared_weights(
     assert error(logits(model, new), logits(loaded(old, source), old)) < 1e-12
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "ep": {"ep": 2},
-    "tp": {"tp": 2},
-    "pp": {"pp": 2},
-    "shard": {"dp_shard": 2},
-}
+LAYOUTS = [LayoutConfig(**{axis: 2}) for axis in ("ep", "tp", "pp", "dp_shard")]
 
 
 def test_from_any_layout_and_into_any(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -260,11 +257,12 @@ def test_from_any_layout_and_into_any(data: Path, tmp_path: Path, monkeypatch: A
     old = config_of(data, {"moe": ONE_EACH, "attention": attention})
     new = config_of(data, {"moe": FOUR_EACH, "attention": attention})
     right = digests(grown(save(old, tmp_path / "one"), new, tmp_path / "right"))
-    monkeypatch.setattr(upcycle, "PIECE", 200)  # many pieces
+    monkeypatch.setattr(upcycle, "PIECE", 5000)  # several pieces of a tensor
+    split = [old.model_copy(update={"parallel": layout}) for layout in LAYOUTS]
+    run_ranks(2, save_on_rank, split, tmp_path)
     for number, layout in enumerate(LAYOUTS):
-        run = tmp_path / f"old_{number}"
-        run_ranks(2, save_on_rank, old.model_copy(update={"parallel": layout}), run, 2)
-        source = run / "checkpoints" / f"step_{STEP:08d}"
+        source = tmp_path / f"old_{number}" / "checkpoints" / f"step_{STEP:08d}"
+        assert read_manifest(source).world_size == 2
         into = new.model_copy(update={"parallel": layout})
         made = grown(source, into, tmp_path / f"new_{number}", world=2)
         assert read_manifest(made).world_size == 2 and len(list(made.glob("rank_*"))) == 2
