@@ -73,7 +73,15 @@ def origins(old: DecoderConfig, new: DecoderConfig, how: How) -> dict[str, Origi
     return found
 
 
-_ALIKE = ("vocabulary", "width", "layers", "shared_depth", "norm_eps", "tie_embeddings")
+_ALIKE = (
+    "vocabulary",
+    "width",
+    "layers",
+    "shared_depth",
+    "mixture_of_depths",
+    "norm_eps",
+    "tie_embeddings",
+)
 
 
 def _check_alike(old: DecoderConfig, new: DecoderConfig) -> None:
