@@ -52,7 +52,7 @@ def inspect(
     from coterie.parallel.checkpoint_reader import CheckpointReader
 
     with CheckpointReader(find(checkpoint, step)) as reader:
-        with _progress("reading experts", _bytes(reader, expert_weights(reader))) as advance:
+        with progress("reading experts", _bytes(reader, expert_weights(reader))) as advance:
             experts = equal_experts(reader, advance)
         if as_json:
             print(json.dumps(as_tree(reader, experts), indent=1))
@@ -71,7 +71,7 @@ def verify(checkpoint: Checkpoint, step: Step = None) -> None:
     files.verify(path)
     with CheckpointReader(path) as reader:
         tensors = reader.manifest.tensors
-        with _progress("computing digests", _bytes(reader, tensors)) as advance:
+        with progress("computing digests", _bytes(reader, tensors)) as advance:
             check_digests(reader, advance)
             experts = equal_experts(reader)
         print(
@@ -91,7 +91,7 @@ def diff(checkpoint: Checkpoint, other: Other, step: Step = None) -> int:
     with CheckpointReader(paths[0]) as a, CheckpointReader(paths[1]) as b:
         lines = list(unlike(a, b))
         names = differing(a, b)
-        with _progress("comparing tensors", _bytes(a, names)) as advance:
+        with progress("comparing tensors", _bytes(a, names)) as advance:
             for name in names:
                 shape = a.manifest.tensors[name].shape
                 lines.append(_sentence(name, compare(a, b, name, advance), shape))
@@ -127,7 +127,7 @@ def reshard(
     source = find(checkpoint, step)
     with CheckpointReader(source) as reader:
         total = _bytes(reader, reader.manifest.tensors)
-    with _progress("writing", total) as advance:
+    with progress("writing", total) as advance:
         layout = make_run(source, run_dir, world, overrides or [], advance)
     print(f"{run_dir}: {source.name} for {world} process{'es' if world > 1 else ''}, {layout}")
 
@@ -183,7 +183,7 @@ def _bytes(reader: "CheckpointReader", names: Iterable[str]) -> int:
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, told how many bytes are done since it was last told."""
     from rich.console import Console
     from rich.progress import Progress

@@ -21,6 +21,7 @@ from coterie.launch import (
     plan_command,
     report_command,
     run_commands,
+    upcycle_command,
 )
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 run_commands.add_to(app)
+upcycle_command.add_to(app)
 certify_command.add_to(app)
 checkpoint_commands.add_to(app)
 plan_command.add_to(app)

@@ -110,7 +110,7 @@ def train(
     folder = run_dir or Path("runs") / resolved.name
     if ours is None or (ours.rank == 0 and ours.starter != "coterie"):
         check_fresh(folder)
-    world = _world(resolved, ours, nproc or _default_world(resolved))
+    world = _world(resolved, ours, nproc or default_world(resolved))
     check_data(resolved)
     check_stage(resolved)
 
@@ -134,7 +134,7 @@ def resume(
 
     resolved = load_config(saved_config(run_dir), overrides or [])
     checkpoint = choose_checkpoint(run_dir, step)
-    before = read_manifest(checkpoint).world_size if checkpoint else _default_world(resolved)
+    before = read_manifest(checkpoint).world_size if checkpoint else default_world(resolved)
     world = _world(resolved, ours, nproc or before)
     check_data(resolved)
     return run_ranked(
@@ -256,7 +256,7 @@ def membership_of(nproc: int | None) -> membership.Membership | None:
     return ours
 
 
-def _default_world(config: "RunConfig") -> int:
+def default_world(config: "RunConfig") -> int:
     """One process for each GPU, or as many as fit the config; on a CPU as few as can be."""
     import torch
 

@@ -18,17 +18,18 @@ from coterie.moe.routers.base import Router
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, residual_branches: int = 1) -> None:
+def initialise(model: nn.Module, seed: int, residual_branches: int = 1, root: str = "") -> None:
     """Fill every parameter of ``model``, in place: of the whole tensor's values, those of the part
     that is here.
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
     depth (GPT-2). Embedding, an output layer tied to it, and router (not an auxiliary one): 0.02; a
-    router's bias: 0. Norm gains: 1. Each expert is drawn by its global id.
+    router's bias: 0. Norm gains: 1. Each expert is drawn by its global id. ``root``: the name of
+    ``model`` in a larger one, whose values it is to have.
     """
     damping = residual_branches**-0.5
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(prefix=root):
         match module:
             case Experts():
                 _draw_experts(module, seed, prefix, damping)

@@ -75,6 +75,8 @@ class Trainer:
         self.draw_images = draw_images
         self.precision = resolve(train.precision, self.ranks.device)
         self.step = 0
+        self._before = 0
+        """Global batches that were consumed before step 0, by the run that this was made of."""
         self.metrics: dict[str, float] = {}
         self.history = [self.ranks.layout.describe()]
         """The layouts so far, each but the first with the step after which it took over."""
@@ -86,7 +88,8 @@ class Trainer:
         state = read_state(checkpoint)
         load_tensors(checkpoint, self._parts(), self.ranks.control)
         self.sampler.load_state_dict(state["sampler"])
-        self.step = self._saved = self.sampler.consumed
+        self.step = self._saved = state["step"]
+        self._before = self.sampler.consumed - self.step
         self.history = list(state["history"])
         now = self.ranks.layout.describe()
         if self.history[-1].split(" after step ")[0] != now:
@@ -133,7 +136,7 @@ class Trainer:
         batches = self._batches()
         report = self._train_step(batches, stop)
         self.step += 1
-        self.sampler.consumed = self.step
+        self.sampler.consumed = self._before + self.step
         last = self.step == self.train.steps
         self._tell(lambda monitor: monitor.step(report))
         saves = last or self.checkpointer.due(self.step)
@@ -149,7 +152,7 @@ class Trainer:
         """The micro-batches of this rank's part of the next global batch."""
         parts, dp = self.train.accumulation, self.ranks.layout.dp
         batches = (
-            self.sampler.batch(self.step, micro, parts, self.ranks.place.dp, dp)
+            self.sampler.batch(self.sampler.consumed, micro, parts, self.ranks.place.dp, dp)
             for micro in range(parts)
         )
         return [batch.to(self.ranks.device) for batch in batches]

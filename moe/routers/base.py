@@ -65,6 +65,11 @@ class BaseRouterConfig(Config):
         """Experts that a token goes to, on average."""
         raise NotImplementedError(f"{type(self).__name__} must define rows_per_token")
 
+    @property
+    def weight_sum(self) -> float | None:
+        """What the combine weights of a token that is not dropped sum to; None: it varies."""
+        return None
+
     def check(self, num_experts: int) -> None:
         """Raise ``ValueError`` when ``num_experts`` experts cannot be routed like this."""
 

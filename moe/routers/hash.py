@@ -28,6 +28,10 @@ class HashConfig(BaseRouterConfig):
     def rows_per_token(self) -> float:
         return self.k
 
+    @property
+    def weight_sum(self) -> float | None:
+        return 1.0
+
     def check(self, num_experts: int) -> None:
         self.check_k(self.k, num_experts)
 

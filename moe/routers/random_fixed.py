@@ -47,6 +47,10 @@ class RandomFixedConfig(BaseRouterConfig):
     def rows_per_token(self) -> float:
         return self.k
 
+    @property
+    def weight_sum(self) -> float | None:
+        return self.scale
+
     def check(self, num_experts: int) -> None:
         self.check_k(self.k, num_experts)
 

@@ -79,6 +79,10 @@ class TopKConfig(BaseRouterConfig):
     def rows_per_token(self) -> float:
         return self.k
 
+    @property
+    def weight_sum(self) -> float | None:
+        return self.scale if self.renormalise else None
+
     def check(self, num_experts: int) -> None:
         if num_experts % self.groups:
             raise ValueError(f"{num_experts} experts do not divide into {self.groups} groups")

@@ -82,7 +82,7 @@ def _source(words: list[str]) -> None:
 
 def _coterie(words: list[str]) -> None:
     words = list(words)
-    if words[0] in ("train", "resume"):
+    if words[0] in ("train", "resume", "upcycle"):
         if "--nproc" in words:
             at = words.index("--nproc")
             _check_processes(words, int(words[at + 1]))

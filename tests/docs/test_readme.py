@@ -30,6 +30,7 @@ SHOWN = (
     "docs/quickstart.md",
     "docs/smoe_dropout.md",
     "docs/telemetry.md",
+    "docs/upcycling.md",
 )
 RANKS = 2
 TORCHRUN = f"# torchrun --standalone --nproc-per-node {RANKS}\n"
