@@ -1,1 +1,2 @@
-def write(found, out): pass
+def write(found, out):
+    pass
