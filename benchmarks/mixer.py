@@ -30,9 +30,9 @@ import torch
 
 from benchmarks import mixer_page
 from benchmarks.rows import machine
-from coterie.data.environments import generate
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_training import DynamicsRun, by_family
+from coterie.data.environments import generate
 from coterie.moe.routers.kmeans import KMeansConfig, KMeansRouter, least_squares, routing_accuracy
 
 OUT = ROOT / "docs" / "results"
@@ -121,7 +121,9 @@ def measure(case: Case) -> dict[str, Any]:
         losses.append(trainer.train_round())
         accuracies.append(routing_accuracy(trainer.environments.expert_E, family_E))
         reasons += [update.reason or "refitted" for update in trainer.round_updates]
-    seen, unseen = (generate(case.config.data, "adapt", test=test) for test in (False, True))
+    seen, unseen = (
+        generate(case.config.data, "adapt", test=test) for test in (False, True)
+    )
     adapted = {}
     for start in ("zero", "centroid"):
         router = trainer.model.router

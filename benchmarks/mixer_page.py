@@ -1,2 +1,1 @@
-def write(found, out):
-    pass
+def write(found, out): pass
