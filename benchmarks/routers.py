@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "z_loss": 0.0,
     },
     "top_k, biased": {"kind": "top_k", "k": K, "score": "sigmoid", "bias_update": 0.001},
+    "mlp": {"kind": "mlp", "k": K, "bias_update": 0.001},
     "random_fixed": {"kind": "random_fixed", "first_k": K, "k": K},
     "hash": {"kind": "hash", "k": K},
     "sinkhorn": {"kind": "sinkhorn", "k": K},
@@ -84,7 +86,8 @@ def seconds(router: Router, x_TD: torch.Tensor, info: TokenInfo) -> tuple[float,
     x_TD = x_TD.detach().requires_grad_()
     router.zero_grad(set_to_none=True)
     start = time.process_time()
-    routing = router(x_TD, info)
+    state_TR = router.state(x_TD, info)  # of an MLP router, as a layer asks it
+    routing = router(x_TD, replace(info, router_state_TR=state_TR))
     forward = time.process_time() - start
     outputs = [routing.assignment.weight_A, *routing.losses.values()]
     outputs = [output for output in outputs if output.requires_grad]

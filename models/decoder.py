@@ -21,6 +21,7 @@ from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer
 from coterie.moe.routers.auxiliary import train_auxiliary_alone
 from coterie.moe.routers.base import Router
+from coterie.moe.routers.mlp import MLPConfig
 from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
@@ -100,6 +101,11 @@ class DecoderConfig(Config):
                 f"mixture_of_depths.first is {self.mixture_of_depths.first}, but layers are 0 to "
                 f"{self.layers - 1}"
             )
+        if self.mixture_of_depths and self.carried:
+            raise ValueError(
+                "mixture_of_depths needs moe.router.depth_average false: tokens that skip a block "
+                "have nothing to tell the next router"
+            )
         return self
 
     def _check_expert_counts(self) -> None:
@@ -151,6 +157,12 @@ class DecoderConfig(Config):
         experts = self.moe.experts.model_copy(update={"count": self.experts_of(layer)})
         return self.moe.model_copy(update={"experts": experts})
 
+    @property
+    def carried(self) -> int:
+        """Width of what routers tell the next layer's about each token; 0: nothing."""
+        router = self.moe.router if self.moe else None
+        return router.hidden if isinstance(router, MLPConfig) and router.depth_average else 0
+
     def first_like(self, layer: int) -> int:
         """The first of the blocks that share attention and feed-forward with ``layer``."""
         return layer - layer % self.shared_depth
@@ -181,7 +193,8 @@ class DecoderOutput(NamedTuple):
     """The result for one micro-batch."""
 
     x: Tensor
-    """Activations (B, S, D), or what the output layer makes of them: logits (B, S, V)."""
+    """Activations (B, S, D), beside them what routers carry on (B, S, D + R), or what the output
+    layer makes of them: logits (B, S, V)."""
     losses: dict[str, Tensor]
     """Router losses by name, summed over layers: this rank's shares, coefficients applied."""
     stats: dict[int, LayerStats]
@@ -195,6 +208,10 @@ class DecoderPart:
     blocks: range
     embedding: bool
     head: bool
+
+
+BlockOutput = tuple[*Result, Tensor | None]
+"""(activations, router losses, statistics, what the router tells the next one)."""
 
 
 class Block(nn.Module):
@@ -248,13 +265,17 @@ class Block(nn.Module):
         info: TokenInfo,
         document_BS: Tensor | None = None,
         modalities: Modalities | None = None,
-    ) -> Result:
+        state_BSR: Tensor | None = None,
+    ) -> BlockOutput:
         """``document_BS``: of whole sequences, where attention is kept inside documents.
-        ``modalities``: of the tokens in ``info``, where weights are untied."""
+        ``modalities``: of the tokens in ``info``, where weights are untied. ``state_BSR``: what the
+        router before has computed."""
+        told = (x_BSD, info, document_BS, modalities, state_BSR)
         if self.recompute == "full" and torch.is_grad_enabled():
             # inside the module: FSDP's hooks stand around it
-            return checkpoint(self._run, x_BSD, info, document_BS, modalities, use_reentrant=False)
-        return self._run(x_BSD, info, document_BS, modalities)
+            output: BlockOutput = checkpoint(self._run, *told, use_reentrant=False)
+            return output
+        return self._run(*told)
 
     def _run(
         self,
@@ -262,9 +283,10 @@ class Block(nn.Module):
         info: TokenInfo,
         document_BS: Tensor | None,
         modalities: Modalities | None,
-    ) -> Result:
+        state_BSR: Tensor | None,
+    ) -> BlockOutput:
         if self.depths is None:
-            return self._layers(x_BSD, info, document_BS, modalities)
+            return self._layers(x_BSD, info, document_BS, modalities, state_BSR=state_BSR)
 
         def inside(
             x_BCD: Tensor, own: TokenInfo, document_BC: Tensor | None, position_BC: Tensor
@@ -272,9 +294,9 @@ class Block(nn.Module):
             passing = modalities
             if modalities is not None:
                 passing = Modalities.of(own, x_BCD.shape[:2], self.modalities, self.tp)
-            return self._layers(x_BCD, own, document_BC, passing, position_BC)
+            return self._layers(x_BCD, own, document_BC, passing, position_BC)[:3]
 
-        return self.depths(x_BSD, info, document_BS, inside)
+        return *self.depths(x_BSD, info, document_BS, inside), None
 
     def _layers(
         self,
@@ -283,7 +305,8 @@ class Block(nn.Module):
         document_BS: Tensor | None,
         modalities: Modalities | None = None,
         position_BS: Tensor | None = None,
-    ) -> Result:
+        state_BSR: Tensor | None = None,
+    ) -> BlockOutput:
         entering_BSD = x_BSD if self.route_before_attention else None
         own_BS = None if modalities is None else modalities.own_BS
         normed_BSD = normed(self.attention_norm, x_BSD, own_BS)
@@ -291,14 +314,16 @@ class Block(nn.Module):
         normed_BSD = normed(self.feed_forward_norm, x_BSD, own_BS)
         if isinstance(self.feed_forward, UntiedFeedForward):
             assert modalities is not None
-            return x_BSD + self.feed_forward(normed_BSD, modalities), {}, None
+            return x_BSD + self.feed_forward(normed_BSD, modalities), {}, None, state_BSR
         if self.feed_forward is not None:
-            return x_BSD + self.feed_forward(normed_BSD), {}, None
+            return x_BSD + self.feed_forward(normed_BSD), {}, None, state_BSR
         assert self.moe is not None
         if info.key_T is not None:
             info = replace(info, key_T=fold(info.key_T, self.layer))
-        y_BSD, losses, stats = self.moe(normed_BSD, info, entering_BSD)
-        return x_BSD + y_BSD, losses, stats
+        if state_BSR is not None:
+            info = replace(info, router_state_TR=state_BSR.flatten(0, 1))
+        y_BSD, losses, stats, state_BSR = self.moe(normed_BSD, info, entering_BSD)
+        return x_BSD + y_BSD, losses, stats, state_BSR
 
 
 class Decoder(nn.Module):
@@ -320,6 +345,7 @@ class Decoder(nn.Module):
         self.axes = axes
         self.within_documents = config.attention.within_documents
         self.untie = config.untie
+        self.carried = config.carried
         self.embedding: VocabularyEmbedding | None = None
         if part.embedding:
             self.embedding = VocabularyEmbedding(config.vocabulary, config.width, axes.tp)
@@ -355,11 +381,14 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> DecoderOutput:
         """``x``: int64 token ids (B, S), S the positions of this context-parallel rank; for a part
-        without an embedding, activations (B, S, D). ``info``: of the B · S tokens whose activations
-        this rank holds, in that order."""
+        without an embedding, what the part before gave. ``info``: of the B · S tokens whose
+        activations this rank holds, in that order."""
         info = info or TokenInfo()
         if self.embedding is not None:
             x = self.embedding(x)
+        state: Tensor | None = None
+        if self.embedding is None and self.carried:
+            x, state = x.split([x.shape[-1] - self.carried, self.carried], -1)
         document_BS = self._documents(info, x.shape[0])
         modalities: Modalities | None = None
         if self.untie.any:
@@ -367,7 +396,7 @@ class Decoder(nn.Module):
         losses: dict[str, Tensor] = {}
         stats: dict[int, LayerStats] = {}
         for block in cast(Iterable[Block], self.blocks.values()):
-            x, own, seen = block(x, info, document_BS, modalities)
+            x, own, seen, state = block(x, info, document_BS, modalities, state)
             for name, loss in own.items():
                 losses[name] = losses.get(name, 0.0) + loss
             if seen is not None:
@@ -375,6 +404,10 @@ class Decoder(nn.Module):
         if self.head is not None:
             assert self.norm is not None
             x = self.head(self.norm(x))
+        elif self.carried:
+            if state is None:
+                state = x.new_zeros(*x.shape[:-1], self.carried)
+            x = torch.cat([x, state], -1)
         return DecoderOutput(x, losses, stats)
 
     def _documents(self, info: TokenInfo, rows: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from coterie.moe.feed_forward import FeedForward
 from coterie.moe.layer import MoELayer
 from coterie.moe.routers.auxiliary import AuxiliaryRouter
 from coterie.moe.routers.base import Router
+from coterie.moe.routers.mlp import MLPRouter
 
 
 @torch.no_grad()
@@ -24,9 +25,9 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1, root: st
 
     Matrices: normal with standard deviation 1/√fan_in; those that write into the residual stream
     are divided by √``residual_branches`` (two for each layer), so that it keeps its scale with
-    depth (GPT-2). Embedding, an output layer tied to it, and router (not an auxiliary one): 0.02; a
-    router's bias: 0. Norm gains: 1. Each expert is drawn by its global id. ``root``: the name of
-    ``model`` in a larger one, whose values it is to have.
+    depth (GPT-2). Embedding, an output layer tied to it, and router (not an auxiliary or MLP one):
+    0.02; a router's bias: 0. Norm gains: 1. Each expert is drawn by its global id. ``root``: the
+    name of ``model`` in a larger one, whose values it is to have.
     """
     damping = residual_branches**-0.5
     for prefix, module in model.named_modules(prefix=root):
@@ -46,6 +47,16 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1, root: st
                 _draw(module, "out.weight", heads_width**-0.5 * damping, seed, prefix)
                 for name in ("q", "k", "v", "gate")[: 3 if module.gate is None else 4]:
                     _draw(module, f"{name}.weight", width**-0.5, seed, prefix)
+            case MLPRouter():
+                _draw(module, "weight", module.weight.shape[1] ** -0.5, seed, prefix)
+                if module.bias is not None:
+                    module.bias.zero_()
+                if module.depth_R is not None:
+                    module.depth_R.fill_(1.0)
+                for name in ("down", "first", "second"):
+                    fan_in = module.get_submodule(name).weight.shape[1]
+                    _draw(module, f"{name}.weight", fan_in**-0.5, seed, prefix)
+                    module.get_parameter(f"{name}.bias").zero_()
             case Router():
                 for name, parameter in module.named_parameters(recurse=False):
                     if name == "bias":

@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: a router, experts, shared experts, and the exchange between."""
 
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
@@ -61,6 +62,8 @@ class MoEOutput(NamedTuple):
     losses: dict[str, Tensor]
     """Scalars to add to the training loss: this rank's share, coefficients applied."""
     stats: LayerStats
+    router_state: Tensor | None = None
+    """What the next layer's router is to be told, (..., R); see ``Router.state``."""
 
 
 class MoELayer(nn.Module):
@@ -100,7 +103,9 @@ class MoELayer(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         seen_TD = x_TD if route_by is None else route_by.reshape(x_TD.shape)
         info = info or TokenInfo()
-        assignment, losses, routed = self.router(seen_TD, info)
+        state_TR = self.router.state(seen_TD, info)
+        told = info if state_TR is None else replace(info, router_state_TR=state_TR)
+        assignment, losses, routed = self.router(seen_TD, told)
         stats = layer_stats(routed, assignment, info, x_TD.shape[0])
         assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
         y_TD = self.experts.over(self.exchange, x_TD, assignment)
@@ -112,7 +117,8 @@ class MoELayer(nn.Module):
                 weight_T2 = self.shared_mix(x_TD).softmax(-1)
                 y_TD, shared_TD = y_TD * weight_T2[:, :1], shared_TD * weight_T2[:, 1:]
             y_TD = y_TD + shared_TD
-        return MoEOutput(y_TD.view_as(x), losses, stats)
+        state = None if state_TR is None else state_TR.view(*x.shape[:-1], -1)
+        return MoEOutput(y_TD.view_as(x), losses, stats, state)
 
 
 def exchange_over(expert: Axis, max_rows_factor: float | None = None) -> Exchange:

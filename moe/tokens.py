@@ -29,6 +29,8 @@ class TokenInfo:
     """int64: place of each token in its sequence; needed where ranks hold parts of a sequence."""
     document_T: Tensor | None = None
     """int64: the document of each token inside its sequence; attention may be kept inside it."""
+    router_state_TR: Tensor | None = None
+    """What the router of the mixture-of-experts layer before has computed, with its gradient."""
     key_T: Tensor | None = None
     """int64 random key of each token, from (seed, step, sample, position): the same in every
     layout and in a recompute. Absent: routing is without noise (evaluation)."""

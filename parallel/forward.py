@@ -55,7 +55,7 @@ def through_stages(
     ranks = model.ranks
     layout, axes, pipe = ranks.layout, ranks.axes, ranks.groups.get("pp")
     rows, length = tokens_BS.shape
-    shape = (rows, length // (layout.cp * layout.tp), model.config.width)
+    shape = (rows, length // (layout.cp * layout.tp), model.config.width + model.config.carried)
     dtype = next(model.parameters()).dtype
     x: Tensor | None = None
     for number, stage in zip(model.stage_numbers, model.each_stage(), strict=True):

@@ -182,7 +182,8 @@ def _stage_by_stage(model: ParallelModel, tokens_BS: Tensor, micro: int) -> None
 def _pipeline(model: ParallelModel, micro_batches: int, tokens_BS: Tensor) -> Pipeline:
     """The model's pipeline for micro-batches of this shape, made once."""
     rows, positions = tokens_BS.shape
-    activations = (rows, positions // model.ranks.layout.tp, model.config.width)
+    width = model.config.width + model.config.carried
+    activations = (rows, positions // model.ranks.layout.tp, width)
     key = (micro_batches, activations)
     if key not in model.pipelines:
         model.pipelines[key] = Pipeline(model, micro_batches, activations)

@@ -28,6 +28,11 @@ class Router(nn.Module):
     like any other, but has no gradient and no optimizer state.
     """
 
+    def state(self, x_TD: Tensor, info: TokenInfo) -> Tensor | None:
+        """What the router of the next layer is told (T, R), and this one's ``forward`` too, as
+        ``info.router_state_TR``. None: nothing."""
+        return None
+
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         """Route ``x_TD`` (float, T × D)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Tag
 
 from coterie.moe.routers.expert_choice import ExpertChoiceConfig
 from coterie.moe.routers.hash import HashConfig
+from coterie.moe.routers.mlp import MLPConfig
 from coterie.moe.routers.modality import ModalityConfig
 from coterie.moe.routers.random_fixed import RandomFixedConfig
 from coterie.moe.routers.sinkhorn import SinkhornConfig
@@ -21,6 +22,7 @@ def _kind(given: Any) -> Any:
 
 RouterConfig = Annotated[
     Annotated[TopKConfig, Tag("top_k")]
+    | Annotated[MLPConfig, Tag("mlp")]
     | Annotated[RandomFixedConfig, Tag("random_fixed")]
     | Annotated[ExpertChoiceConfig, Tag("expert_choice")]
     | Annotated[ModalityConfig, Tag("modality")]

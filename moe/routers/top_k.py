@@ -139,8 +139,7 @@ class TopKRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD, info)
             score_TE = logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
-            rank_TE = score_TE.detach() if self.bias is None else score_TE.detach() + self.bias
-            expert_TK = self._eligible(rank_TE).topk(k, dim=-1).indices
+            expert_TK = self._eligible(self._rank(score_TE.detach())).topk(k, dim=-1).indices
             weight_TK = score_TE.gather(1, expert_TK)
             if config.renormalise:
                 weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
@@ -179,6 +178,10 @@ class TopKRouter(Router):
             noise_TD = uniform(info.key_T, x_TD.shape[1], double=x_TD.dtype == torch.float64)
             x_TD = x_TD * (1 + self.config.jitter * (2 * noise_TD - 1))
         return x_TD @ self.weight.t()
+
+    def _rank(self, score_TE: Tensor) -> Tensor:
+        """What experts are chosen by."""
+        return score_TE if self.bias is None else score_TE + self.bias
 
     def _eligible(self, score_TE: Tensor) -> Tensor:
         """Scores with the experts outside a token's best groups set to minus infinity.

@@ -12,6 +12,7 @@ from coterie.moe.activations import ACTIVATIONS
 from coterie.moe.feed_forward import FeedForwardConfig
 from coterie.moe.routers.expert_choice import ExpertChoiceConfig
 from coterie.moe.routers.hash import HashConfig
+from coterie.moe.routers.mlp import MLPConfig
 from coterie.moe.routers.modality import ModalityConfig
 from coterie.moe.routers.random_fixed import RandomFixedConfig
 from coterie.moe.routers.sinkhorn import SinkhornConfig
@@ -321,8 +322,11 @@ def _top_k(work: Workload, config: TopKConfig, experts_: int) -> int:
         kept += experts_ * whole + INT
     if config.sequence_loss:  # the sequence of each token; of each sequence, loads and its length
         kept += tokens * INT + work.rows * (experts_ + 1) * whole + INT
+    features = config.hidden if isinstance(config, MLPConfig) else 0
+    if features:  # of the norm (as of norm()), its result, and both sides of each GELU
+        kept += tokens * ((6 if work.device == "cuda" else 7) * features + 1) * whole
     if config.jitter:
-        kept += tokens * work.model.width * whole
+        kept += tokens * (features or work.model.width) * whole
     return kept
 
 

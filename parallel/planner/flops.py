@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.moe.activations import ACTIVATIONS
 from coterie.moe.feed_forward import FeedForwardConfig
+from coterie.moe.routers.mlp import MLPConfig
 from coterie.parallel.planner.workload import Workload
 
 
@@ -79,5 +80,9 @@ def _moe(work: Workload, count: int) -> Flops:
     width, experts = work.model.width, config.experts
     parts = ACTIVATIONS[experts.activation].parts
     each = 2.0 * work.received * width * experts.hidden / work.layout.etp
-    routed = Flops((parts + 1) * each + 2.0 * work.own * width * count, parts * each)
+    router = width * count
+    if isinstance(config.router, MLPConfig):
+        hidden = config.router.hidden
+        router = hidden * (width + 2 * hidden + count + config.router.skip)
+    routed = Flops((parts + 1) * each + 2.0 * work.own * router, parts * each)
     return routed + (_feed_forward(work, config.shared) if config.shared else Flops(0.0))

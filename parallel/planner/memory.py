@@ -162,6 +162,6 @@ def receive_buffers(work: Workload, pp: int) -> int:
     layout = work.layout
     if layout.pp == 1:
         return 0
-    stream = work.own * work.model.width * work.whole
+    stream = work.own * (work.model.width + work.model.carried) * work.whole
     ends = sum((stage > 0) + (stage < layout.stages - 1) for stage in layout.stages_of(pp))
     return ends * work.micro_batches * stream

@@ -181,7 +181,7 @@ def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
     if stage == layout.stages - 1 and layout.tp > 1:
         yield from both("output layer", "tp", "all-gather", stream * work.whole, 1)
     here = layout.rank_of_stage(stage)
-    size = work.own * work.model.width * work.whole
+    size = work.own * (work.model.width + work.model.carried) * work.whole
     for other, what in ((stage + 1, "activations"), (stage - 1, "gradients")):
         if 0 <= other < layout.stages and layout.rank_of_stage(other) != here:
             yield Collective(what, "pp", "send", size, "send", stage, times)

@@ -16,6 +16,7 @@ from coterie.moe.routers.top_k import TopKConfig
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "top_k": {"k": 2, "score": "sigmoid", "bias_update": 0.01, "sequence_loss": 0.001},
+    "mlp": {"k": 2, "hidden": 8, "skip": True, "bias_update": 0.01},
     "random_fixed": {"k": 4, "first_k": 1},
     "expert_choice": {"capacity_factor": 1.5},
     "modality": {"experts": [3, 1]},

@@ -126,7 +126,7 @@ def by_loops(
 def test_a_block_by_loops(layer: int, score: str) -> None:
     block = block_of(model({"score": score}), layer).train()
     x_BSD = randn(B, S, WIDTH, seed=1).requires_grad_()
-    ours, losses, stats = block(x_BSD, INFO, DOCUMENT_BS)
+    ours, losses, stats, _ = block(x_BSD, INFO, DOCUMENT_BS)
     right, passing = by_loops(block, x_BSD, DEPTHS["capacity"], score)
     assert [len(chosen) for chosen in passing] == [4, 3, 1]
     assert error(ours, right) < 1e-13
@@ -297,7 +297,7 @@ def test_the_predictor_learns_alone() -> None:
     block = block_of(built, 2)
     assert block.depths is not None and block.depths.predictor is not None
     x_BSD = randn(B, S, WIDTH, seed=12)
-    _, losses, _ = block(x_BSD, INFO)
+    _, losses, *_ = block(x_BSD, INFO)
     _, passing = by_loops(block, x_BSD, DEPTHS["capacity"], "sigmoid")
     inner, outer = block.depths.predictor.w_in, block.depths.predictor.w_out
     assert inner.shape == (WIDTH // 2, WIDTH)
@@ -349,7 +349,7 @@ def test_in_evaluation_as_many_pass_as_the_predictor_says() -> None:
     assert block.depths is not None and block.depths.predictor is not None
     x_BSD = randn(B, S, WIDTH, seed=13)
     expected_BS = (block.depths.predictor(x_BSD)[..., 0] > 0) & ~PADDING_BS
-    y_BSD, losses, stats = block(x_BSD, INFO, DOCUMENT_BS)
+    y_BSD, losses, stats, _ = block(x_BSD, INFO, DOCUMENT_BS)
     assert torch.equal((y_BSD != x_BSD).any(-1), expected_BS) and bool(expected_BS.any())
     assert len(set(expected_BS.sum(1).tolist())) == B  # a number of its own for each sequence
     assert int(stats.tokens) == int(expected_BS.sum()) and "depth_predictor" not in losses

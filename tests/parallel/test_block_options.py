@@ -45,11 +45,16 @@ UNTIED: dict[str, Any] = {
     "attention": {**ATTENTION, "gate": "head"},
     "untie": {"ffn": True, "qkvo": True, "norm": True},
 }
+MLP: dict[str, Any] = {
+    "experts": {"count": 8, "hidden": 8},
+    "router": {"kind": "mlp", "k": 1, "hidden": 8, "renormalise": False, "capacity_factor": 1.2},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
     "routed before attention": {"model": {"moe": BEFORE, "attention": ATTENTION}},
     "pyramid, residual": {"model": PYRAMID},
+    "mlp router": {"model": {"layers": 4, "dense_layers": [2], "moe": MLP, "attention": ATTENTION}},
     "shared depth": {"model": SHARED},
     "shared depth, recomputed": {"model": SHARED, "train": {"recompute": "full"}},
     "untied": {"model": UNTIED},
@@ -80,6 +85,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "gate element": ("tp cp ep",),
     "routed before attention": ("tp cp ep", "pp shard ep"),
     "pyramid, residual": ("tp cp ep", "pp shard ep"),
+    "mlp router": ("pp shard ep",),
     "shared depth": ("tp cp ep", "pp shard ep", "shard"),
     "shared depth, recomputed": ("shard",),
     "untied": ("tp cp ep", "pp shard ep", "shard"),

@@ -34,8 +34,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "modality": {"kind": "modality", "experts": [6, 2]},
     "sinkhorn": {"kind": "sinkhorn", "k": 2},
     "hash": {"kind": "hash", "k": 2},
+    "mlp": {"kind": "mlp", "hidden": 8, "skip": True, "bias_update": 0.05, "jitter": 0.1},
 }
-FROZEN = ("random", "bias")
+FROZEN = ("random", "bias", "mlp")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shards": {"ep": 2, "dp_shard": 2},
     "pipeline of shards": {"pp": 2, "dp_shard": 2},

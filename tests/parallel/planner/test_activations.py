@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **moe(experts={"count": 8, "hidden": 48, "activation": "gelu"}),
     },
     "relu2": {"feed_forward": {"hidden": 96, "activation": "relu2"}},
+    "mlp router": moe(router={"kind": "mlp", "k": 2, "hidden": 24}),
     "reglu": {
         "feed_forward": {"hidden": 96, "activation": "reglu"},
         **moe(experts={"count": 8, "hidden": 48, "activation": "reglu"}),

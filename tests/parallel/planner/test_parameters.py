@@ -43,7 +43,12 @@ UNTIED = SHARED.model_copy(
 DEPTHS = SHARED.model_copy(
     update={"mixture_of_depths": MixtureOfDepthsConfig(every=3, first=1, predictor=True)}
 )
+MLP = model_config(
+    layers=4,
+    moe={"experts": {"count": 8, "hidden": 48}, "router": {"kind": "mlp", "k": 1, "hidden": 24}},
+)
 CONFIGS = {
+    "mlp router": MLP,
     "plain": CONFIG,
     "pyramid": PYRAMID,
     "shared depth": SHARED,
