@@ -54,7 +54,7 @@ def initialise(model: nn.Module, seed: int, residual_branches: int = 1, root: st
                 if module.depth_R is not None:
                     module.depth_R.fill_(1.0)
                 for name in ("down", "first", "second"):
-                    fan_in = module.get_submodule(name).weight.shape[1]
+                    fan_in = module.get_parameter(f"{name}.weight").shape[1]
                     _draw(module, f"{name}.weight", fan_in**-0.5, seed, prefix)
                     module.get_parameter(f"{name}.bias").zero_()
             case Router():
