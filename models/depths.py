@@ -25,11 +25,11 @@ from coterie.comm.sequence import (
 from coterie.core.config import Config
 from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.competition import best
-from coterie.moe.stats import RoutingStats
+from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
-Result = tuple[Tensor, dict[str, Tensor], RoutingStats | None]
-"""Of a block: activations, router losses, what its router saw."""
+Result = tuple[Tensor, dict[str, Tensor], LayerStats | None]
+"""Of a block: activations, router losses, what its experts saw."""
 Inside = Callable[[Tensor, TokenInfo, Tensor | None, Tensor], Result]
 """A block's layers: activations, facts of their tokens, documents of whole sequences, and positions
 of context-parallel ranks' tokens (B, C / cp) → its result."""

@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "modality": {"router": {"kind": "modality", "experts": [6, 2]}},
     "hash": {"router": {"kind": "hash", "k": 2}},
     "sinkhorn": {"router": {"kind": "sinkhorn", "k": 2}},
+    "mixture of depths": {"router": {"k": 2}, "mixture_of_depths": {"first": 1, "capacity": 0.5}},
     "pyramid": {"router": {"k": 1}, "expert_counts": [4, 8]},
     "shared depth": {"router": {"k": 2}, "layers": 4, "dense_layers": [2, 3], "shared_depth": 2},
 }
@@ -184,6 +185,8 @@ def test_the_counts_are_worth_comparing(alone: dict[str, Found]) -> None:
             assert (load.unrouted > 0) == (name in UNROUTED), name
             assert (load.dropped > 0) == (name == "top_k")
     assert [load.rows_E.size for load in alone["pyramid"].values()] == [4, 8]
+    skipping, passing = (alone["mixture of depths"][layer].tokens_M.sum() for layer in (1, 2))
+    assert 0.4 < skipping / passing < 0.6  # a layer counts the tokens that it sees
     assert list(alone["shared depth"]) == [0, 1]
     text, image = alone["modality"][1].rows_ME
     assert not (text * image).any()  # an expert is of one modality
