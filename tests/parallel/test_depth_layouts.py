@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layers": 4,
         "attention": ATTENTION,
         "mixture_of_depths": {"capacity": 0.25, "predictor": True},
+        "untie": {"ffn": True, "qkvo": True, "norm": True},
     },
     "MoMa": {
         "attention": ATTENTION,
