@@ -23,18 +23,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from benchmarks import mixer_page
 from benchmarks.rows import machine
+from coterie.data.environments import generate
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_training import DynamicsRun, by_family
-from coterie.data.environments import generate
 from coterie.moe.routers.kmeans import KMeansConfig, KMeansRouter, least_squares, routing_accuracy
 
+ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results"
 ADAPTATION_STEPS = 100
 SETTINGS: dict[str, dict[str, Any]] = {
