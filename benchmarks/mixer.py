@@ -23,18 +23,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from benchmarks import mixer_page
 from benchmarks.rows import machine
+from coterie.data.environments import generate
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_training import DynamicsRun, by_family
-from coterie.data.environments import generate
 from coterie.moe.routers.kmeans import KMeansConfig, KMeansRouter, least_squares, routing_accuracy
 
+ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results"
 ADAPTATION_STEPS = 100
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -121,9 +121,7 @@ def measure(case: Case) -> dict[str, Any]:
         losses.append(trainer.train_round())
         accuracies.append(routing_accuracy(trainer.environments.expert_E, family_E))
         reasons += [update.reason or "refitted" for update in trainer.round_updates]
-    seen, unseen = (
-        generate(case.config.data, "adapt", test=test) for test in (False, True)
-    )
+    seen, unseen = (generate(case.config.data, "adapt", test=test) for test in (False, True))
     adapted = {}
     for start in ("zero", "centroid"):
         router = trainer.model.router
@@ -236,9 +234,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs at once")
     parser.add_argument("--only", choices=list(SETTINGS), help="only this dataset's cases")
     parser.add_argument("--write", action="store_true", help="only write the page")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the three files go")
     arguments = parser.parse_args()
-    OUT.mkdir(exist_ok=True)
-    results = Results(OUT / "mixer.json")
+    arguments.out.mkdir(exist_ok=True, parents=True)
+    results = Results(arguments.out / "mixer.json")
     wanted = [] if arguments.write else cases(arguments.seeds, arguments.recovery_seeds)
     missing = [c for c in wanted if not results.has(c) and arguments.only in (None, c.dataset)]
     if "layouts" not in results.found and not arguments.write:
@@ -258,8 +257,8 @@ def main() -> int:
                 f"routing {record['routing'][-1]:.2f}, {record['seconds']:.0f} s",
                 flush=True,
             )
-    mixer_page.write(results.found, OUT)
-    print(f"wrote {OUT / 'mixer.md'}")
+    mixer_page.write(results.found, arguments.out)
+    print(f"wrote {arguments.out / 'mixer.md'}")
     return 0
 
 

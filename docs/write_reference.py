@@ -1,4 +1,5 @@
-"""Write docs/reference.md, the table of all settings, from the config models.
+"""Write the tables of all settings, docs/reference.md and docs/dynamics_reference.md, from the
+config models.
 
 python docs/write_reference.py
 """
@@ -9,9 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `coterie` of this checkout
 
-from coterie.launch.schema import Key, all_keys
+from coterie.launch.dynamics_config import DynamicsRunConfig
+from coterie.launch.schema import Key, all_keys, describing
 
 FILE = Path(__file__).with_name("reference.md")
+DYNAMICS_FILE = Path(__file__).with_name("dynamics_reference.md")
 
 _INTRODUCTION = """\
 # Reference: every setting of a config
@@ -22,11 +25,30 @@ Written by `docs/write_reference.py` from the config models; change those, not t
 """
 
 
+_DYNAMICS_INTRODUCTION = """\
+# Reference: every setting of `coterie dynamics`
+
+Written by `docs/write_reference.py` from the config models; change those, not this file.
+`coterie dynamics schema` prints the same in the terminal. What they are for:
+[mixer.md](mixer.md).
+"""
+
+
 def reference() -> str:
     """The whole page, as Markdown."""
+    return _page(_INTRODUCTION)
+
+
+def dynamics_reference() -> str:
+    """That of ``coterie dynamics``."""
+    with describing(DynamicsRunConfig):
+        return _page(_DYNAMICS_INTRODUCTION)
+
+
+def _page(introduction: str) -> str:
     keys = list(all_keys())
     groups = {key.name: key for key in keys if _is_group(key)}
-    sections = [_INTRODUCTION]
+    sections = [introduction]
     for group, members in groupby(_by_group(keys), key=_parent):
         sections.append(_section(group, groups.get(group), list(members)))
     return "\n".join(sections)
@@ -60,5 +82,6 @@ def _section(name: str, group: Key | None, members: list[Key]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(reference())
-    print(f"wrote {FILE}")
+    for file, text in ((FILE, reference()), (DYNAMICS_FILE, dynamics_reference())):
+        file.write_text(text)
+        print(f"wrote {file}")

@@ -25,7 +25,7 @@ from coterie.comm.sequence import (
 from coterie.core.config import Config
 from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.competition import best
-from coterie.moe.stats import LayerStats
+from coterie.moe.stats import LayerStats, RoutingStats
 from coterie.moe.tokens import TokenInfo
 
 Result = tuple[Tensor, dict[str, Tensor], LayerStats | None]

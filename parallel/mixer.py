@@ -206,7 +206,9 @@ class MixerTrainer:
         first = int(torch.randint(len(context_E), (), generator=draw))
         distance_E = (context_E - context_E[first]).abs().sum(1)
         distance_E[first] = -1.0  # among equal contexts, it stays
-        near_A = distance_E.argsort(stable=True)[: self.config.batch]
+        # equal ones, as all are at first, in random order: that of the data may tell the families
+        order_E = torch.randperm(len(context_E), generator=draw)
+        near_A = order_E[distance_E[order_E].argsort(stable=True)[: self.config.batch]]
         return torch.zeros(len(context_E), dtype=torch.bool).index_fill_(0, near_A, True)
 
     def _context_step(self, batch_E: Tensor, before_H: Tensor) -> Tensor:

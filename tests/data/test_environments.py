@@ -45,6 +45,12 @@ def test_counts(dataset: DatasetName) -> None:
     assert EnvironmentsConfig().test_trajectories == 32
 
 
+def test_the_first_times_alone() -> None:
+    whole, cut = (generate(EnvironmentsConfig(times=times)) for times in (None, 7))
+    assert torch.equal(cut.t_T, whole.t_T[:7])
+    assert torch.allclose(cut.y_ENTD, whole.y_ENTD[:, :, :7], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("dataset", ["odebench_2", "selkov"])
 def test_the_seed_decides_all(dataset: DatasetName) -> None:
     config = EnvironmentsConfig(dataset=dataset)

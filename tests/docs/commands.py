@@ -39,6 +39,15 @@ SMALL = (
 )
 """Replaces what makes the shown runs long. Comes last, so it wins."""
 
+SMALL_DYNAMICS = (
+    "parallel.ep=1",
+    "train.context_steps=1",
+    "train.model_steps=1",
+    "data.times=3",
+    "data.test_trajectories=2",
+)
+"""The same for ``coterie dynamics``."""
+
 
 class DocumentationError(AssertionError):
     """A shown command that cannot be checked, or does not work."""
@@ -88,6 +97,8 @@ def _coterie(words: list[str]) -> None:
             _check_processes(words, int(words[at + 1]))
             del words[at : at + 2]
         words += [*_small(words), "--nproc", "1"]
+    if words[0] == "dynamics":
+        words = _small_dynamics(words)
     if words[0] == "generate":
         words += ["--length", "8"]
     shown = StringIO()
@@ -96,8 +107,26 @@ def _coterie(words: list[str]) -> None:
     differ = words[:2] == ["checkpoint", "diff"] and code == 1  # as its page says
     if code and not differ:
         raise DocumentationError(f"exit code {code}")
-    if words[0] not in ("train", "resume") and not shown.getvalue().strip():
+    trains = {"train", "resume"} & set(words[:2])
+    if not trains and not shown.getvalue().strip():
         raise DocumentationError("nothing was printed")
+
+
+def _small_dynamics(words: list[str]) -> list[str]:
+    """The command in its small form, once what is shown was checked."""
+    from coterie.launch.dynamics_config import check_dynamics_world, load_dynamics_config
+
+    if words[1] == "adapt":
+        words[words.index("--steps") + 1] = "2"
+    if words[1] not in ("train", "resume"):
+        return words
+    if "--nproc" in words:
+        at = words.index("--nproc")
+        shown = load_dynamics_config(words[2], [word for word in words[3:] if "=" in word])
+        check_dynamics_world(shown, int(words[at + 1]))
+        del words[at : at + 2]
+    rounds = "train.rounds=3" if words[1] == "resume" else "train.rounds=2"
+    return [*words, *SMALL_DYNAMICS, rounds]
 
 
 def _small(words: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ SHOWN = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/checkpoints.md",
+    "docs/mixer.md",
     "docs/mixture_of_depths.md",
     "docs/moma.md",
     "docs/parallelism.md",
@@ -161,6 +162,9 @@ def test_the_reference_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
     wanted = write_reference.reference()
     assert write_reference.FILE.read_text() == wanted, "run: python docs/write_reference.py"
+    of_dynamics = write_reference.dynamics_reference()
+    assert write_reference.DYNAMICS_FILE.read_text() == of_dynamics, "the same command"
+    assert "| `train.rounds` | a whole number ≥ 1 | `200` |" in of_dynamics
     assert "| `train.steps` | a whole number ≥ 1 | **required** |" in wanted
 
 

@@ -21,6 +21,7 @@ COMMANDS = [
     *(["checkpoint", name] for name in ("inspect", "verify", "diff", "reshard")),
     *(["data", name] for name in ("build", "inspect", "verify")),
     *(["config", name] for name in ("show", "schema")),
+    *(["dynamics", name] for name in ("train", "resume", "evaluate", "adapt", "schema")),
 ]
 
 

@@ -212,6 +212,19 @@ def test_equal_contexts_do_not_push_the_drawn_environment_out() -> None:
     assert seen == set(range(6))
 
 
+def test_equal_contexts_join_whatever_their_place_in_the_data() -> None:
+    """At first all are equal: were ties broken by order, a family that stands first would be in
+    every batch, and so be told."""
+    trainer = MixerTrainer(dynamics(), linear(2, 5), QUICK.model_copy(update={"batch": 5}))
+    times_E = torch.zeros(10)
+    for step in range(400):
+        trainer.step = step
+        batch_E = trainer.batch()
+        assert batch_E.sum() == 5
+        times_E += batch_E
+    assert times_E.min() > 160 and times_E.max() < 240  # 200 ± 4 standard deviations
+
+
 def test_environments_migrate_at_gate_updates_only() -> None:
     config = QUICK.model_copy(update={"gate_every": 7, "lr": 0.2})
     trainer = MixerTrainer(dynamics(4), linear(4, 3), config)
