@@ -25,7 +25,7 @@ from coterie.comm.sequence import (
 from coterie.core.config import Config
 from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.competition import best
-from coterie.moe.stats import LayerStats, RoutingStats
+from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
 Result = tuple[Tensor, dict[str, Tensor], LayerStats | None]
@@ -169,11 +169,20 @@ class Depths(nn.Module):
         return asked_BS, right_BS, open_BS
 
 
-def _with_foresight(stats: RoutingStats | None, seen: Tensor) -> RoutingStats:
+def _with_foresight(stats: LayerStats | None, seen: Tensor) -> LayerStats:
     """``stats`` of the block's router, if it has one, and how well the block was foreseen."""
     if stats is None:
-        none_E = torch.zeros(0, dtype=torch.int64, device=seen.device)
-        return RoutingStats(none_E, none_E, none_E.sum(), seen.new_zeros(()), seen)
+        none = torch.zeros(0, dtype=torch.int64, device=seen.device)
+        return LayerStats(
+            load_E=none,
+            dropped_E=none,
+            tokens=none.sum(),
+            entropy=seen.new_zeros(()),
+            foresight=seen,
+            load_ME=none[None],
+            tokens_M=none,
+            unrouted_M=none,
+        )
     return replace(stats, foresight=seen if stats.foresight is None else stats.foresight + seen)
 
 
