@@ -244,7 +244,8 @@ def _layer(config: Config, axes: Axes) -> MoELayer:
 def _results(layer: MoELayer, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, ...]:
     """Output in evaluation; the loss, its gradients and the counts in training."""
     y_TD = layer.eval()(x_TD, info).y.detach()
-    _, losses, stats = layer.train()(x_TD, info)
+    output = layer.train()(x_TD, info)
+    losses, stats = output.losses, output.stats
     losses["auxiliary"].backward()
     assert isinstance(layer.router, ExpertChoiceRouter) and layer.router.auxiliary is not None
     assert stats.foresight is not None
