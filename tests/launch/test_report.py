@@ -12,6 +12,8 @@ import yaml
 
 from coterie.launch.main import main
 from coterie.launch.report.curves import POINTS, thinned
+from coterie.launch.report.loads import thinned as columns_of
+from coterie.launch.report.records import LoadRecord
 from coterie.parallel.load import LayerLoad
 from coterie.parallel.monitors import JsonLines, LoadLines, RunFacts
 from coterie.parallel.step import StepReport
@@ -337,6 +339,20 @@ def test_layouts_are_not_added_up(shown: Path, capsys: pytest.CaptureFixture[str
         "layer 0, steps 1 to 5\n1.00 × the mean",
         "layer 0, steps 16 to 20\n4.00 × the mean",
     ]
+
+
+def test_columns_join_neighbours_of_one_layout() -> None:
+    def of(step: int, ranks: int) -> LoadRecord:
+        return LoadRecord(step, 5, {0: load_of([[step]], rows_R=[step] + [0] * (ranks - 1))})
+
+    records = [of(5, 1), of(10, 1), of(15, 4), of(20, 4), of(25, 4)]
+    joined = columns_of(records, 1)
+    assert [(one.first, one.step, one.layers[0].rows) for one in joined] == [
+        (1, 10, 15),
+        (11, 25, 60),
+    ]
+    assert [one.layers[0].rows_R.size for one in joined] == [1, 4]
+    assert [one.step for one in columns_of(records, 3)] == [10, 20, 25]
 
 
 def test_a_dense_model_has_no_heat_maps(
