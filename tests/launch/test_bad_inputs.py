@@ -90,11 +90,11 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "an unknown kind of router": (
         ["model.moe.router.kind=top_g"],
-        ["model.moe.router.kind is 'top_g'", "top_k or random_fixed or", "did you mean 'top_k'"],
+        ["model.moe.router.kind is 'top_g'", "top_k or mlp or", "did you mean 'top_k'"],
     ),
     "a number for a kind of router": (
         ["model.moe.router.kind=3"],
-        ["model.moe.router.kind is '3'", "top_k or random_fixed or"],
+        ["model.moe.router.kind is '3'", "top_k or mlp or"],
     ),
     "a number for a router": (["model.moe.router=3"], ["model.moe.router is 3", "a group of keys"]),
     "a wrong value in a kind of router": (
