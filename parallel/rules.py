@@ -165,6 +165,12 @@ def _pipeline(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
 
 
 def _shared_depth(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
+    if model.shared_depth > 1 and config.pp > 1 and config.schedule in ("zero_bubble", "zbv"):
+        yield (
+            f"parallel.schedule is {config.schedule}, which computes the gradients of weights by "
+            "themselves; it cannot where blocks share their layers, as with model.shared_depth "
+            f"{model.shared_depth}"
+        )
     for blocks in blocks_of_stages(config, model.layers):
         if blocks and (blocks.start % model.shared_depth or blocks.stop % model.shared_depth):
             yield (

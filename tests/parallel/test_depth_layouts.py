@@ -45,7 +45,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp": (2, {"tp": 2}),
     "cp": (2, {"cp": 2}),
     "ep": (2, {"ep": 2}),
-    "pp": (2, {"pp": 2}),
+    "pp": (2, {"pp": 2, "schedule": "zero_bubble"}),
     "shard": (2, {"dp_shard": 2}),
     "tp cp ep": (4, {"tp": 2, "cp": 2, "ep": 2}),
     "pp tp etp": (4, {"pp": 2, "tp": 2, "etp": 2}),

@@ -71,6 +71,13 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "a stage of the pipeline has blocks 0 to 2, but groups of model.shared_depth 4 blocks",
         "stages null",
     ),
+    "shared depth, split backward pass": (
+        {"pp": 2, "schedule": "zero_bubble"},
+        {"shared_depth": 4, "dense_layers": []},
+        "schedule is zero_bubble, which computes the gradients of weights by themselves; it cannot "
+        "where blocks share their layers, as with model.shared_depth 4",
+        "schedule 1f1b",
+    ),
     "vocabulary": (
         {"tp": 4},
         {"vocabulary": 5},
