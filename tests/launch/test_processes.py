@@ -16,7 +16,7 @@ import pytest
 
 from coterie.core.errors import UserError
 from coterie.launch.processes import Ended, _Group, run_ranks
-from coterie.launch.run_commands import _tell
+from coterie.launch.run_commands import _how_to_go_on, _tell
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +48,11 @@ say("pid", str(os.getpid()))
 """
 
 RunRanks = Callable[..., Ended]
+
+
+def tell(ended: Ended, run_dir: Path) -> int:
+    """What `coterie train` tells of its ranks."""
+    return _tell(ended, lambda: _how_to_go_on(run_dir))
 
 
 @pytest.fixture
@@ -137,7 +142,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(
         world=3,
     )
     assert time.monotonic() - start < 5
-    assert _tell(ended, tmp_path) == 1
+    assert tell(ended, tmp_path) == 1
     err = capsys.readouterr().err
     assert err.startswith("coterie: rank 1 was ended by SIGKILL") and err.count("\n") == 1
     assert "nothing was saved yet" in err
@@ -147,7 +152,7 @@ def test_the_sentence_says_how_to_resume(
     ranks: RunRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text("")
-    assert _tell(ranks("sys.exit(rank * 7)"), tmp_path) == 1
+    assert tell(ranks("sys.exit(rank * 7)"), tmp_path) == 1
     expected = f"coterie: rank 1 ended with exit code 7; go on with: coterie resume {tmp_path}\n"
     assert capsys.readouterr().err == expected
 
@@ -172,7 +177,7 @@ def test_a_mistake_that_all_ranks_meet_is_told_once(
 ) -> None:
     ended = ranks('guarded(lambda: together(UserError("data.path: it is not there")))')
     with pytest.raises(UserError, match=r"^data\.path: it is not there$"):
-        _tell(ended, tmp_path)
+        tell(ended, tmp_path)
     assert capfd.readouterr().err == ""
 
 
@@ -180,7 +185,7 @@ def test_one_traceback_of_an_error_that_all_ranks_meet(
     ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended = ranks('guarded(lambda: together(RuntimeError("a bug")))')
-    assert _tell(ended, tmp_path) == 1
+    assert tell(ended, tmp_path) == 1
     err = capfd.readouterr().err
     assert err.count("Traceback") == 1 and err.count("RuntimeError: a bug") == 1
     assert "failed as shown above" in err.splitlines()[-1]
@@ -251,7 +256,7 @@ def test_ctrl_c_reaches_each_rank_once(
     assert ended == Ended(None, True)
     assert [(tmp_path / f"interrupts.{rank}").read_text() for rank in range(2)] == ["1", "1"]
     (tmp_path / "config.yaml").write_text("")
-    assert _tell(ended, tmp_path) == 130
+    assert tell(ended, tmp_path) == 130
     err = capfd.readouterr().err
     assert "SIGINT: saving a checkpoint and leaving" in err
     assert f"interrupted; go on with: coterie resume {tmp_path}\n" in err
@@ -295,7 +300,7 @@ def test_ctrl_c_ends_a_rank_that_waits_for_the_others_in_its_start_up(
         leave=60.0,
     )
     assert ended == Ended(None, True)
-    assert _tell(ended, tmp_path) == 130
+    assert tell(ended, tmp_path) == 130
     err = capfd.readouterr().err
     assert "SIGINT: leaving, training had not begun\n" in err
     assert "checkpoint" not in err and "Traceback" not in err
@@ -332,7 +337,7 @@ def test_a_rank_that_does_not_leave_with_the_others_is_killed(
     interrupted: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended = interrupted(f"{TRAINING}\ntime.sleep(60)", grace=60.0, leave=0.3)
-    assert _tell(ended, tmp_path) == 1
+    assert tell(ended, tmp_path) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("coterie: rank 1 had not left 0.3 s after another one and was killed; ")
 
@@ -358,7 +363,7 @@ def test_a_second_ctrl_c_kills_and_blames_nobody(
             world=1,
         )
     assert ended == Ended(None, True)
-    assert _tell(ended, tmp_path) == 130
+    assert tell(ended, tmp_path) == 130
     assert capfd.readouterr().err.splitlines()[-1].startswith("coterie: interrupted; ")
 
 
