@@ -9,11 +9,14 @@ from coterie.core.errors import UserError
 from coterie.data.manifest import Manifest, read_manifest
 from coterie.data.vocabulary import MODALITIES, Vocabulary
 from coterie.launch.config import RunConfig
+from coterie.moe.routers.modality import ModalityConfig
 from coterie.parallel.layout import Layout
 from coterie.parallel.rules import layout_of
 
 CONFIG = "config.yaml"
 """The resolved config in a run's folder."""
+DYNAMICS_CONFIG = "dynamics.yaml"
+"""The same of a run of `coterie dynamics`."""
 
 
 def check_world(config: RunConfig, world: int) -> None:
@@ -81,6 +84,12 @@ def check_data(config: RunConfig) -> None:
             f"model.untie.modalities is {untie.modalities}, but {where} has tokens of {known} "
             f"modalities ({', '.join(MODALITIES)}): set model.untie.modalities={known}, or more"
         )
+    router = config.model.moe.router if config.model.moe else None
+    if isinstance(router, ModalityConfig) and len(router.experts) < known:
+        raise UserError(
+            f"model.moe.router.experts names {len(router.experts)}, but {where} has tokens of "
+            f"{known} modalities ({', '.join(MODALITIES)}): give each a number of experts"
+        )
 
 
 def _manifest(path: Path) -> Manifest:
@@ -92,12 +101,13 @@ def _manifest(path: Path) -> Manifest:
 
 
 def check_fresh(run_dir: Path) -> None:
-    """Raises UserError when ``run_dir`` cannot take a new run."""
-    if (run_dir / CONFIG).exists():
-        raise UserError(
-            f"{run_dir}: holds a run already; go on with it by 'coterie resume {run_dir}', or "
-            "give another --run-dir"
-        )
+    """Raises UserError when ``run_dir`` cannot take a new run, of either kind."""
+    for file, resume in ((CONFIG, "resume"), (DYNAMICS_CONFIG, "dynamics resume")):
+        if (run_dir / file).exists():
+            raise UserError(
+                f"{run_dir}: holds a run already; go on with it by 'coterie {resume} {run_dir}', "
+                "or give another --run-dir"
+            )
     for folder in (run_dir, *run_dir.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, so it cannot hold a run; give another --run-dir")

@@ -92,7 +92,9 @@ def train(
     resolved = load_dynamics_config(config, overrides or [])
     folder = run_dir or Path("runs") / resolved.name
     if ours is None or (ours.rank == 0 and ours.starter != "coterie"):
-        _check_fresh(folder)
+        from coterie.launch.check import check_fresh
+
+        check_fresh(folder)
 
     def here() -> "Outcome":
         from coterie.launch.dynamics_training import train
@@ -193,31 +195,19 @@ def _world(
     return world
 
 
-def _check_fresh(run_dir: Path) -> None:
-    from coterie.launch.check import check_fresh
-    from coterie.launch.dynamics_training import CONFIG
-
-    check_fresh(run_dir)
-    if (run_dir / CONFIG).exists():
-        raise UserError(
-            f"{run_dir}: holds a run already; go on with it by 'coterie dynamics resume {run_dir}',"
-            " or give another --run-dir"
-        )
-
-
 def _saved_config(run_dir: Path) -> Path:
-    from coterie.launch.dynamics_training import CONFIG
+    from coterie.launch.check import DYNAMICS_CONFIG
 
-    file = run_dir / CONFIG
+    file = run_dir / DYNAMICS_CONFIG
     if not file.is_file():
-        what = f"holds no {CONFIG}" if run_dir.is_dir() else "there is no such folder"
+        what = f"holds no {DYNAMICS_CONFIG}" if run_dir.is_dir() else "there is no such folder"
         raise UserError(f"{run_dir}: {what}, so it is no run of 'coterie dynamics train'")
     return file
 
 
 def _how_to_go_on(run_dir: Path) -> str:
-    from coterie.launch.dynamics_training import CONFIG
+    from coterie.launch.check import DYNAMICS_CONFIG
 
-    if not (run_dir / CONFIG).exists():
+    if not (run_dir / DYNAMICS_CONFIG).exists():
         return "nothing was saved yet, so start it again"
     return f"go on with: coterie dynamics resume {run_dir}"

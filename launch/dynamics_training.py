@@ -15,6 +15,7 @@ from coterie.comm.reduce import sum_over
 from coterie.core.errors import RunError, UserError
 from coterie.data.environments import Environments, generate
 from coterie.launch import child
+from coterie.launch.check import DYNAMICS_CONFIG
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_report import DynamicsReport, RoundReport
 from coterie.launch.load_config import dump_config
@@ -28,9 +29,6 @@ from coterie.parallel.layout import Layout
 from coterie.parallel.mixer import MixerTrainer
 from coterie.parallel.mixer_state import mixer_parts, progress, restore_progress
 from coterie.parallel.trainer import Outcome, stop_signals
-
-CONFIG = "dynamics.yaml"
-"""The resolved config in a run's folder."""
 
 
 @dataclass
@@ -185,7 +183,7 @@ def _facts(config: DynamicsRunConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def _write_config(config: DynamicsRunConfig, run_dir: Path) -> None:
-    path = run_dir / CONFIG
+    path = run_dir / DYNAMICS_CONFIG
     fresh = path.with_suffix(".new")
     try:
         fresh.write_text(dump_config(config))

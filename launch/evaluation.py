@@ -97,13 +97,14 @@ def _numbers(wanted: str) -> list[int]:
 
 
 def _check_k(config: RunConfig, k: int) -> None:
-    moe = config.model.moe
-    if moe is None:
+    model = config.model
+    if model.moe is None:
         raise UserError(f"--k {k}: the model has no experts (model.moe is null)")
-    try:
-        moe.router.check_k(k, moe.experts.count)
-    except ValueError as error:
-        raise UserError(f"--k {k}: {error}") from None
+    for count in {model.experts_of(layer) for layer in range(model.layers) if model.is_moe(layer)}:
+        try:
+            model.moe.router.check_k(k, count)
+        except ValueError as error:
+            raise UserError(f"--k {k}: {error}") from None
 
 
 def evaluate(

@@ -8,6 +8,16 @@ from matplotlib.figure import Figure
 from coterie.core.errors import UserError
 
 _WIDTH = 30  # characters of the longest bar
+_FORMATS = (".png", ".svg", ".pdf")
+_LOSSES = ("loss", "non_causal/loss")  # how their names begin
+
+
+def check_plot(path: Path) -> None:
+    """Raises UserError unless ``path`` can be drawn into."""
+    if path.suffix not in _FORMATS:
+        raise UserError(f"--plot {path}: must end in {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: there is no folder {path.parent}")
 
 
 def loss_lines(losses: dict[int, dict[str, float]]) -> list[str]:
@@ -29,18 +39,17 @@ def _total(found: dict[str, float]) -> float:
 
 
 def draw_losses(losses: dict[int, dict[str, float]], path: Path) -> None:
-    """Draw the losses by k into ``path``, a PNG, SVG or PDF file by its ending.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw the losses by k into ``path``, a PNG, SVG or PDF file by its ending. UserError where it
+    cannot be written."""
+    check_plot(path)
     figure = Figure(figsize=(6, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(
         xlabel="experts for each token", ylabel="held-out loss, nats per token"
     )
     numbers = sorted(losses)
-    for name in losses[numbers[0]]:
+    names = (name for name in losses[numbers[0]] if name.startswith(_LOSSES))
+    for name in names:
         axes.plot(numbers, [losses[k][name] for k in numbers], "o-", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [str(k) for k in numbers])
@@ -50,5 +59,3 @@ def draw_losses(losses: dict[int, dict[str, float]], path: Path) -> None:
         canvas.figure.savefig(path, dpi=150)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    except ValueError as error:  # the ending is of no known format
-        raise UserError(f"--plot {path}: {error}") from None

@@ -22,8 +22,7 @@ ConfigName = Annotated[
     str,
     typer.Argument(
         metavar="CONFIG",
-        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names())}. "
-        "With --stage: the folder of a run.",
+        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names())}.",
     ),
 ]
 Overrides = Annotated[
@@ -172,6 +171,10 @@ def evaluate(
     """Measure a checkpoint on the held-out data: losses in nats per token."""
     if plot is not None and k is None:
         raise UserError("--plot draws losses by the number of experts: it needs --k, as in 1,2,4")
+    if plot is not None:
+        from coterie.launch.loss_figure import check_plot
+
+        check_plot(plot)
     from coterie.launch.check import saved_config
     from coterie.launch.evaluation import evaluate, losses_by_k
     from coterie.launch.load_config import load_config
