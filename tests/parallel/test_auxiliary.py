@@ -57,7 +57,7 @@ def config_of(
         data,
         train={"steps": STEPS, "recompute": "full" if parallel else "none"},
         checkpoint={"every": HALF},
-        optimizer={"warmup": 1, "lr": 1e-2, "decay": "linear"},
+        optimizer={"warmup": 1, "lr": 1e-2, "decay": "linear", "clip": 1e-3},
         parallel=parallel or {},
     )
     tree = config.model_dump(mode="json")
