@@ -22,6 +22,7 @@ from coterie.moe.layer import MoEConfig, MoELayer
 from coterie.moe.routers.auxiliary import train_auxiliary_alone
 from coterie.moe.routers.base import Router
 from coterie.moe.routers.mlp import MLPConfig
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
@@ -96,29 +97,43 @@ class DecoderConfig(Config):
                 "untie.ffn is of dense layers, but all are mixtures of experts: for experts of one "
                 "modality each set moe.router.kind to modality"
             )
-        if self.mixture_of_depths and self.mixture_of_depths.first >= self.layers:
+        self._check_depths()
+        return self
+
+    def _check_depths(self) -> None:
+        depths = self.mixture_of_depths
+        if depths is None:
+            return
+        if depths.first >= self.layers:
             raise ValueError(
-                f"mixture_of_depths.first is {self.mixture_of_depths.first}, but layers are 0 to "
-                f"{self.layers - 1}"
+                f"mixture_of_depths.first is {depths.first}, but layers are 0 to {self.layers - 1}"
             )
-        if self.mixture_of_depths and self.carried:
+        if self.carried:
             raise ValueError(
                 "mixture_of_depths needs moe.router.depth_average false: tokens that skip a block "
                 "have nothing to tell the next router"
             )
-        return self
+        router = self.moe.router if self.moe else None
+        capacity = router.capacity_factor if isinstance(router, TopKConfig) else None
+        if depths.foresees and capacity is not None:
+            raise ValueError(
+                f"moe.router.capacity_factor is {capacity:g}, but with mixture_of_depths it must "
+                "be null for a model that is causal: how many tokens an expert may have would "
+                "depend on how many later ones pass the block"
+            )
 
     def _check_expert_counts(self) -> None:
         counts = self.expert_counts
         if counts is None:
             return
+        if self.moe is None:
+            raise ValueError("expert_counts needs experts, but moe is null")
         mixtures = [layer for layer in range(self.layers) if self.is_moe(layer)]
         if len(counts) != len(mixtures):
             raise ValueError(
                 f"expert_counts names {len(counts)} layers, but {len(mixtures)} of the "
                 f"{self.layers} layers are mixtures of experts"
             )
-        assert self.moe is not None
         for layer, count in zip(mixtures, counts, strict=True):
             self.moe.router.check(count)
             like = self.first_like(layer)
@@ -373,11 +388,14 @@ class Decoder(nn.Module):
         if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
 
-    def routers(self) -> Iterator[tuple[int, Router]]:
-        """Those of the mixture-of-experts layers, each with its layer's number."""
+    def routers(self) -> Iterator[tuple[list[int], Router]]:
+        """Each router, with the numbers of the layers that have it: the first one names it."""
+        layers: dict[Router, list[int]] = {}
         for block in cast(Iterable[Block], self.blocks.values()):
             if block.moe is not None:
-                yield block.layer, block.moe.router
+                layers.setdefault(block.moe.router, []).append(block.layer)
+        for router, numbers in layers.items():
+            yield numbers, router
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> DecoderOutput:
         """``x``: int64 token ids (B, S), S the positions of this context-parallel rank; for a part

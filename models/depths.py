@@ -49,9 +49,10 @@ class MixtureOfDepthsConfig(Config):
     """What multiplies the block's result, of the router's r = x · w: sigmoid(r) (MoMa), or r (as
     first published)."""
     predictor: bool = False
-    """Train, beside all else, a predictor of which tokens pass, by a loss of its own that changes
-    nothing else; evaluation and generation then ask it, token by token. Without it they too take
-    the highest scores, which depend on later tokens."""
+    """Train, beside all else, a predictor of which tokens pass, by a loss of its own (its gradients
+    reach nothing else, but count in the norm that `optimizer.clip` limits); evaluation and
+    generation then ask it, token by token. Without it they too take the highest scores, which
+    depend on later tokens."""
     auxiliary: bool = False
     """The model's second stage: the same predictor is trained while all else stays as it is.
     `coterie train RUN --stage aux` sets it."""

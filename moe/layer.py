@@ -117,7 +117,7 @@ class MoELayer(nn.Module):
                 weight_T2 = self.shared_mix(x_TD).softmax(-1)
                 y_TD, shared_TD = y_TD * weight_T2[:, :1], shared_TD * weight_T2[:, 1:]
             y_TD = y_TD + shared_TD
-        state = None if state_TR is None else state_TR.view(*x.shape[:-1], -1)
+        state = None if state_TR is None else state_TR.unflatten(0, x.shape[:-1])
         return MoEOutput(y_TD.view_as(x), losses, stats, state)
 
 

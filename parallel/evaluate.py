@@ -43,11 +43,13 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    passed = _Pass(model, dataset, precision, batch, sequences, k)
-    metrics = passed.losses("" if model.config.causal else NON_CAUSAL)
-    if model.config.foresees:
+    metrics: dict[str, float] = {}
+    if model.config.causal:
+        metrics |= _Pass(model, dataset, precision, batch, sequences, k).losses("")
+    if model.config.foresees or not model.config.causal:
         by_choice = _Pass(model, dataset, precision, batch, sequences, k, by_choice=True)
-        metrics |= by_choice.losses(NON_CAUSAL) | by_choice.foresight()
+        metrics |= by_choice.losses(NON_CAUSAL)
+        metrics |= by_choice.foresight() if model.config.foresees else {}
     model.train(was_training)
     return metrics
 

@@ -13,9 +13,9 @@ def update_frozen(model: ParallelModel, load: dict[int, list[int]]) -> None:
     hold a parameter change it alike.
     """
     for decoder in model.decoders:
-        for layer, router in decoder.routers():
-            changes = router.updates(torch.tensor(load[layer]))
+        for layers, router in decoder.routers():
+            changes = router.updates(torch.tensor([load[layer] for layer in layers]).sum(0))
             for name, change in changes.items():
-                full_name = f"blocks.{layer}.moe.router.{name}"
+                full_name = f"blocks.{layers[0]}.moe.router.{name}"
                 part = model.part(full_name, router.get_parameter(name))
                 part.tensor.add_(change[part.box.slices].to(part.tensor))

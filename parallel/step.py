@@ -119,7 +119,9 @@ def train_step(
         clip(model, norm, settings.clip)
     optimizer.step()
     optimizer.zero_grad()
-    update_frozen(model, {layer: load.rows_E.tolist() for layer, load in totals.layers.items()})
+    if not model.config.auxiliary:
+        rows = {layer: load.rows_E.tolist() for layer, load in totals.layers.items()}
+        update_frozen(model, rows)
     return StepReport(
         step=step,
         loss=loss,
@@ -208,10 +210,12 @@ class _TrainingJob:
         self.axes = model.ranks.axes
         self.device = model.ranks.device
         self.vocabulary = model.config.vocabulary
+        # auxiliary routers learn from the choices of the finished model, without noise
+        self.seed = None if model.config.auxiliary else settings.seed
 
     def __call__(self, decoder: Decoder, x: Tensor, micro: int) -> Tensor:
         batch = self.batches[micro]
-        info = token_info(batch, self.axes, self.settings.seed, self.settings.k)
+        info = token_info(batch, self.axes, self.seed, self.settings.k)
         with autocast(self.settings.precision, self.device):
             output = decoder(x, info)
         losses = {name: loss / len(self.batches) for name, loss in output.losses.items()}

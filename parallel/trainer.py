@@ -158,8 +158,9 @@ class Trainer:
         return [batch.to(self.ranks.device) for batch in batches]
 
     def _train_step(self, batches: list[Batch], stop: bool) -> StepReport:
-        moe = self.model.config.moe
-        k = moe.router.k_at(self.step, self.train.steps) if moe is not None else None
+        moe, k = self.model.config.moe, None
+        if moe is not None and not self.model.config.auxiliary:  # what is trained then knows no k
+            k = moe.router.k_at(self.step, self.train.steps)
         settings = StepSettings(self.precision, self.optimizer_config.clip, self.train.seed, k)
         try:
             return train_step(self.model, self.optimizer, batches, self.step + 1, settings, stop)

@@ -270,6 +270,10 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
         [*TRAIN, "1", "model.untie.qkvo=true", "model.untie.modalities=1"],
         ["model.untie.modalities is 1", "2 modalities (text, image)", "modalities=2"],
     ),
+    "experts of too few modalities": (
+        [*TRAIN, "1", "model.moe.router={kind: modality, experts: [4]}"],
+        ["model.moe.router.experts names 1", "2 modalities (text, image)"],
+    ),
     "a shipped config without its data": (
         ["train", "deepseek_v3_like", "--nproc", "256"],
         ["data.path"],

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from coterie.core.errors import UserError
+from coterie.launch.check import check_fresh
 from coterie.launch.dynamics_config import DynamicsRunConfig, load_dynamics_config
 from coterie.launch.dynamics_training import DynamicsRun
 from coterie.launch.main import main
@@ -186,6 +188,8 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence(
     place: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    with pytest.raises(UserError, match="'coterie dynamics resume mine'"):
+        check_fresh(Path("mine"))  # also for a run of the other kind
     Path("other").mkdir()
     Path("other/config.yaml").write_text("model: {}")
     arguments, parts = MISTAKES[name]

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from coterie.core.errors import UserError
+from coterie.launch.evaluation import _check_k
 from coterie.launch.load_config import load_config
 from coterie.launch.main import main
 from coterie.launch.schema import at, kinds
@@ -29,6 +31,14 @@ def test_all_kinds_are_here_and_top_k_needs_no_name() -> None:
     assert kinds(at(("model", "moe", "router")) or {}) == list(ROUTERS)
     parsed = TypeAdapter(RouterConfig).validate_python({"k": 3})
     assert parsed == TopKConfig(k=3)
+
+
+def test_k_fits_every_layers_experts() -> None:
+    overrides = ["model.expert_counts=[2, 4, 4]", "model.moe.experts.count=8", "parallel.ep=2"]
+    config = load_config("quickstart", overrides)
+    _check_k(config, 2)
+    with pytest.raises(UserError, match="--k 4: k 4 exceeds the 2 experts"):
+        _check_k(config, 4)
 
 
 @pytest.mark.parametrize("kind", ROUTERS)

@@ -447,6 +447,18 @@ def test_a_token_passes_a_part_of_the_parameters() -> None:
     assert active == plain + WIDTH - round(0.6 * used)
 
 
+def test_capacity_that_would_depend_on_later_tokens() -> None:
+    def changed(depths: dict[str, Any]) -> dict[str, Any]:
+        tree = config().model_dump(mode="json")
+        tree["moe"]["router"] = {"kind": "top_k", "k": 1, "capacity_factor": 1.0}
+        return {**tree, "mixture_of_depths": depths}
+
+    DecoderConfig.model_validate(changed({}))  # not causal anyway
+    for name in ("predictor", "auxiliary"):
+        with pytest.raises(ValidationError, match=r"capacity_factor is 1, but with mixture_of_dep"):
+            DecoderConfig.model_validate(changed({name: True}))
+
+
 @pytest.mark.parametrize(
     ("depths", "message"),
     [

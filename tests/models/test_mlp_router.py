@@ -187,6 +187,13 @@ ROUTER: dict[str, Any] = {"kind": "mlp", "k": 1, "hidden": HIDDEN, "renormalise"
 MOE: dict[str, Any] = {"experts": {"count": 4, "hidden": 6}, "router": ROUTER}
 
 
+def test_no_sequences_at_all() -> None:
+    """As for a rank without prompts, while others have some."""
+    model = Decoder(config(layers=4, dense_layers=[0, 2], moe=MOE))
+    initialise(model, 0)
+    assert model(tokens(3, 8)[:0]).x.shape[:2] == (0, 8)
+
+
 @pytest.mark.parametrize("depth_average", [True, False])
 def test_a_router_hears_the_mixture_before_it_across_a_dense_layer(depth_average: bool) -> None:
     router = {**ROUTER, "depth_average": depth_average}

@@ -115,6 +115,21 @@ def test_auxiliary_routers_learn_and_all_else_stays(alone: tuple[Path, dict[str,
         assert metrics.keys() == EVALUATED
 
 
+@pytest.mark.parametrize(
+    "router", [{"k": 2, "bias_update": 0.1, "jitter": 0.2}, {"kind": "random_fixed", "k": 4}]
+)
+def test_routers_that_change_themselves_stay_too(
+    router: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    tree = config_of(data, "modality").model_dump(mode="json")
+    tree["model"]["moe"]["router"] = router
+    tree["model"]["mixture_of_depths"] = {"capacity": 0.5, "auxiliary": True}
+    reports, _, changed = run(RunConfig.model_validate(tree), ALONE, tmp_path)
+    assert changed and all(".depths.predictor." in name for name in changed)
+    routed = {sum(report["load"][layer]) for report in reports for layer in report["load"]}
+    assert min(routed) > 0
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_of_one_process(
     layout: str, alone: tuple[Path, dict[str, Found]], data: Path, tmp_path: Path

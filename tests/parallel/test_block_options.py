@@ -49,6 +49,10 @@ MLP: dict[str, Any] = {
     "experts": {"count": 8, "hidden": 8},
     "router": {"kind": "mlp", "k": 1, "hidden": 8, "renormalise": False, "capacity_factor": 1.2},
 }
+BIASED: dict[str, Any] = {
+    "experts": {"count": 8, "hidden": 8},
+    "router": {"k": 2, "score": "sigmoid", "bias_update": 0.1},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
@@ -56,6 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pyramid, residual": {"model": PYRAMID},
     "mlp router": {"model": {"layers": 4, "dense_layers": [2], "moe": MLP, "attention": ATTENTION}},
     "shared depth": {"model": SHARED},
+    "shared depth, biased": {"model": {**SHARED, "moe": BIASED}},
     "shared depth, recomputed": {"model": SHARED, "train": {"recompute": "full"}},
     "untied": {"model": UNTIED},
     "untied, shared depth, recomputed": {
@@ -88,6 +93,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "pyramid, residual": ("tp cp ep", "pp shard ep"),
     "mlp router": ("pp shard ep", "zero bubble"),
     "shared depth": ("tp cp ep", "pp shard ep", "shard"),
+    "shared depth, biased": ("pp shard ep",),
     "shared depth, recomputed": ("shard",),
     "untied": ("tp cp ep", "pp shard ep", "shard", "zero bubble"),
     "untied, shared depth, recomputed": ("tp cp ep", "pp shard ep"),
