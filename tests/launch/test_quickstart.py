@@ -31,7 +31,8 @@ def test_the_main_job_learns_text_and_digits(tmp_path: Path) -> None:
     assert metrics["digits"] >= 7  # of ten, read by a classifier trained on real digits
 
     shown = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
-    expected = {"load", *(f"generated/a digit {name}" for name in NAMES)}
+    maps = {"load", "load/text", "load/image", "ranks"}
+    expected = {*maps, *(f"generated/a digit {name}" for name in NAMES)}
     assert set(shown.Tags()["images"]) == expected
     first, last = shown.Scalars("train/loss")[0].value, shown.Scalars("train/loss")[-1].value
     assert last < first / 2
