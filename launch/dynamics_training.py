@@ -50,10 +50,20 @@ class DynamicsRun:
         return cls(config, MixerTrainer(model, data, config.train, grid), data, test)
 
     def restore(self, checkpoint: Path, ranks: Ranks | None = None) -> None:
-        """Go on from ``checkpoint``, of any layout; every rank calls."""
+        """Go on from ``checkpoint``, of any layout; every rank calls. UserError where it was
+        trained on other data."""
         state = read_state(checkpoint)
+        self._check_data(state["config"]["data"])
         load_tensors(checkpoint, mixer_parts(self.trainer), ranks.control if ranks else None)
         restore_progress(self.trainer, state)
+
+    def _check_data(self, before: dict[str, Any]) -> None:
+        for name, now in self.config.data.model_dump(mode="json").items():
+            if name in before and before[name] != now:
+                raise UserError(
+                    f"data.{name} is {now}, but was {before[name]} in the checkpoint, whose "
+                    "contexts are of these environments: set it back, or start a new run"
+                )
 
     def evaluate(self) -> dict[str, float]:
         """Mean relative MSE on held-out trajectories: of all environments, and of each family."""
@@ -87,7 +97,7 @@ def resume(config: DynamicsRunConfig, run_dir: Path, step: int | None) -> Outcom
 
 def _run(config: DynamicsRunConfig, run_dir: Path, fresh: bool, step: int | None) -> Outcome:
     _, world = world_from_environment()
-    ranks = start(Layout(dp_replicate=world), config.parallel.timeout)
+    ranks = start(Layout(dp_replicate=world), config.parallel.timeout, gpus=False)
     saving = CheckpointConfig(every=config.every.save, keep=config.every.keep)
     try:
         grid = expert_grid(config.parallel.ep) if world > 1 else ExpertGrid()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from coterie.core.errors import UserError
+from coterie.data import open_dataset, prepare
+from coterie.launch.assemble import data_cache
 from coterie.launch.check import check_data, check_world
 from coterie.launch.config import RunConfig
 from coterie.launch.placement import boxes_of_rank
@@ -80,6 +82,13 @@ def total_bytes(config: RunConfig) -> int:
 def _position(sampler: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """The place in the data where the trained run stopped, in the new run's batches."""
     train = config.train
+    dataset = open_dataset(prepare(config.data, data_cache()), "train")
+    if sampler["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"data: the trained run stopped in a dataset with fingerprint "
+            f"{sampler['fingerprint'][:16]}, and {dataset.path} has {dataset.fingerprint[:16]}: "
+            "give it the dataset that it had"
+        )
     if sampler["seed"] != train.seed:
         raise UserError(
             f"train.seed is {train.seed}, but was {sampler['seed']} in the trained run, and orders "

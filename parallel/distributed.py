@@ -72,14 +72,15 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(layout: Layout, timeout: float) -> Ranks:
-    """Join the run: one CUDA device for each local rank where there is one, else the CPU.
+def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:
+    """Join the run: one CUDA device for each local rank where there is one, else the CPU; without
+    ``gpus`` always that.
 
     ``timeout``: seconds that a collective may take before it ends with an error.
     """
     rank, world = world_from_environment()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if gpus and torch.cuda.is_available():
         device = torch.device("cuda", _device_index())
         torch.cuda.set_device(device)
     if world == 1:

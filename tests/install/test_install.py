@@ -134,7 +134,13 @@ def test_pip_install(environment: Environment) -> None:
     assert answer["native"], answer["reason"]
     package = Path(answer["folder"])
     assert package.name == "coterie" and package.is_relative_to(environment.python.parents[1])
-    assert (package / "configs" / "quickstart.yaml").exists()
+    for shipped in (
+        "configs/quickstart.yaml",
+        "configs/dynamics/odebench_2.yaml",
+        "launch/report/page.html",
+        "launch/report/heat.js",
+    ):
+        assert (package / shipped).exists(), shipped
     assert not (package / "__init__.py").exists()
     assert not (package.parent / "coterie.py").exists()
     script = environment.python.parent / "coterie"

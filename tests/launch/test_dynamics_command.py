@@ -118,7 +118,7 @@ def test_killed_and_interrupted_it_goes_on_bit_for_bit(place: Path) -> None:
         dynamics("train", "small.yaml", *settings, "--run-dir", "stopped"),
         dynamics("resume", "stopped"),
     ]
-    for line, number, rounds in zip(lines, (signal.SIGKILL, signal.SIGINT), (3, 8), strict=True):
+    for line, number, rounds in zip(lines, (signal.SIGKILL, signal.SIGINT), (2, 4), strict=True):
         process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
         try:
             _until(process, "stopped", rounds)
@@ -190,6 +190,10 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match="'coterie dynamics resume mine'"):
         check_fresh(Path("mine"))  # also for a run of the other kind
+    before = Path("mine/dynamics.yaml").read_text()
+    assert main(["dynamics", "resume", "mine", "data.seed=7", "train.rounds=2"]) == 2
+    assert "data.seed is 7, but was 0 in the checkpoint" in capsys.readouterr().err
+    assert Path("mine/dynamics.yaml").read_text() == before
     Path("other").mkdir()
     Path("other/config.yaml").write_text("model: {}")
     arguments, parts = MISTAKES[name]

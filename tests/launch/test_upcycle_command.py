@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from coterie.data import Vocabulary, write_dataset
 from coterie.launch.load_config import load_config
 from coterie.launch.main import main
 from coterie.parallel.checkpoint import read_state
@@ -41,6 +43,13 @@ def test_copies_slices_and_what_is_refused(dense: None, capfd: pytest.CaptureFix
         capfd, "runs/dense", "good.yaml", "--run-dir", "runs/dense"
     )
     copy = ["runs/dense", "good.yaml", "model.moe.experts.hidden=32", "--run-dir", "runs/new"]
+    vocabulary = Vocabulary()
+    with write_dataset(Path("other"), vocabulary, 32, {"builder": "test"}) as writer:
+        for split in ("train", "held_out"):
+            writer.add(split, np.full(31, vocabulary.eod, np.uint16))
+    assert "the trained run stopped in a dataset with fingerprint" in refusal(
+        capfd, *copy, "data.path=other"
+    )
     assert "4 data-parallel ranks" in refusal(capfd, *copy, "--nproc", "4", "evaluation.batch=6")
 
     capfd.readouterr()
