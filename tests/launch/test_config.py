@@ -97,7 +97,10 @@ def test_every_key_is_described() -> None:
     assert [key.name for key in keys if not key.description] == []
     assert [key.name for key in keys if key.accepts == "any value"] == []
     # kinds of routers share names of keys, each with its own description
-    assert len({(key.name, key.description) for key in keys}) == len(keys) > 60
+    of_routers = [key for key in keys if key.name.startswith("model.moe.router.")]
+    assert len({(key.name, key.description) for key in of_routers}) == len(of_routers)
+    others = [key.name for key in keys if key not in of_routers]
+    assert len(set(others)) == len(others) > 60
 
 
 def test_show_prints_yaml_that_loads(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
