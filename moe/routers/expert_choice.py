@@ -123,7 +123,7 @@ class ExpertChoiceRouter(Router):
                 if foreseen_TE is not None:
                     pairs = (foreseen_TE, chosen_ET.t(), open_TE)
                     losses["auxiliary"] = foresight_loss(*pairs, self.axes.data)
-                    seen = None if self.training else foresight(*pairs)
+                    seen = foresight(*pairs)
             expert_A, token_A = chosen_ET.nonzero(as_tuple=True)
             assignment = Assignment(
                 token_A=token_A,

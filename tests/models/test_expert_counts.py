@@ -52,7 +52,7 @@ def test_what_a_token_passes() -> None:
         ),
         (
             {"moe": None, "dense_layers": [], "expert_counts": [2]},
-            "expert_counts names 1 layers, but 0 of",
+            "expert_counts needs experts, but moe is null",
         ),
     ],
 )
