@@ -30,9 +30,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense and experts": {
         "layers": 4,
         "attention": ATTENTION,
+        "moe": {"experts": {"count": 8, "hidden": 8}, "router": {"k": 2, "jitter": 0.1}},
         "mixture_of_depths": {"capacity": 0.25, "predictor": True},
         "untie": {"ffn": True, "qkvo": True, "norm": True},
     },
+    "limited experts": {"attention": ATTENTION, "mixture_of_depths": {"capacity": 0.25}},
     "MoMa": {
         "attention": ATTENTION,
         "moe": CHOICE,
