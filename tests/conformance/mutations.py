@@ -294,7 +294,10 @@ def own_layers(change: Callable[[Totals, Totals], Totals]) -> Plant:
 
         def wrong(self: Tally) -> Totals:
             alone = copy(self)
-            alone._ranks = SimpleNamespace(everyone=None)  # type: ignore[assignment]
+            ranks = self._ranks
+            alone._ranks = SimpleNamespace(  # type: ignore[assignment]
+                everyone=None, layout=ranks.layout, place=ranks.place
+            )
             return change(right(self), right(alone))
 
         return patch.object(Tally, "over_ranks", wrong)
@@ -318,8 +321,8 @@ def own_held_out(_: Ranks) -> Planted:
 
 
 def noise_by_rank(ranks: Ranks) -> Planted:
-    def wrong(batch: Batch, axes: Any, seed: int) -> Any:
-        return micro_batch.token_info(batch, axes, seed + ranks.rank)
+    def wrong(batch: Batch, axes: Any, seed: int, k: int | None) -> Any:
+        return micro_batch.token_info(batch, axes, seed + ranks.rank, k)
 
     return patch.object(step, "token_info", wrong)
 
