@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 # torch 2.13 renamed it, and warns of the name that 2.11 has
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def joined(part: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
@@ -20,5 +20,5 @@ def joined(part: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
         )
     mine = mine.contiguous()
     whole = mine.new_empty(group.size() * each, *mine.shape[1:])
-    _all_gather(whole, mine, group=group)
+    all_gather(whole, mine, group=group)
     return whole[:length].movedim(0, dim)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coterie.comm.axis import Axis
+from coterie.comm.parts import all_gather
 
 # torch 2.13 renamed them, and warns of the names that 2.11 has
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -86,7 +87,7 @@ class _ReduceScatter(torch.autograd.Function):
 def _gathered(x: Tensor, dim: int, axis: Axis) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(axis.size, *x.shape)
-    _all_gather(y.flatten(0, 1), x, group=axis.group)
+    all_gather(y.flatten(0, 1), x, group=axis.group)
     return y.movedim(0, dim).flatten(dim, dim + 1)
 
 

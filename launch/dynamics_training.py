@@ -18,7 +18,7 @@ from coterie.launch import child
 from coterie.launch.check import DYNAMICS_CONFIG
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_report import DynamicsReport, RoundReport
-from coterie.launch.load_config import dump_config
+from coterie.launch.load_config import write_config
 from coterie.launch.training import CHECKPOINTS, choose_checkpoint
 from coterie.models.dynamics import DynamicsModel
 from coterie.moe.routers.kmeans import routing_accuracy
@@ -109,7 +109,12 @@ def _run(config: DynamicsRunConfig, run_dir: Path, fresh: bool, step: int | None
             if checkpoint is not None:
                 run.restore(checkpoint, ranks)
             # only now: what cannot go on must not replace the config of what could
-            agreed(ranks, lambda: _write_config(config, run_dir) if ranks.rank == 0 else None)
+            agreed(
+                ranks,
+                lambda: (
+                    write_config(config, run_dir / DYNAMICS_CONFIG) if ranks.rank == 0 else None
+                ),
+            )
             report = DynamicsReport(run_dir) if ranks.rank == 0 else None
             return _Loop(run, ranks, checkpointer, report).run()
     finally:
@@ -190,13 +195,3 @@ class _Loop:
 
 def _facts(config: DynamicsRunConfig, ranks: Ranks) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "world": ranks.world}
-
-
-def _write_config(config: DynamicsRunConfig, run_dir: Path) -> None:
-    path = run_dir / DYNAMICS_CONFIG
-    fresh = path.with_suffix(".new")
-    try:
-        fresh.write_text(dump_config(config))
-        fresh.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

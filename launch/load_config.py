@@ -53,6 +53,20 @@ def dump_config(config: "Config") -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def write_config(config: "Config", path: Path) -> None:
+    """Store what a run runs with; a resumed one may have new overrides, which stay.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_text(dump_config(config))
+        fresh.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 class ConfigSource:
     """The tree of values, and where each came from."""
 

@@ -16,7 +16,7 @@ from coterie.launch.causality import can_foresee, who_looks_ahead
 from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
-from coterie.launch.load_config import dump_config
+from coterie.launch.load_config import write_config
 from coterie.models.placement import parameter_counts
 from coterie.parallel.checkpoint import (
     Checkpointer,
@@ -85,7 +85,9 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
             elif config.stage is not None:
                 _start_from(config.stage, model)
             # only now: what cannot go on must not replace the config of what could
-            agreed(ranks, lambda: _write_config(config, run_dir) if ranks.rank == 0 else None)
+            agreed(
+                ranks, lambda: write_config(config, run_dir / CONFIG) if ranks.rank == 0 else None
+            )
             _say(monitors, _facts(config, ranks, train_set))
             _say(monitors, _start(run_dir, fresh, checkpoint, trainer))
             if trainer.step >= config.train.steps:
@@ -121,17 +123,6 @@ def _monitors(config: RunConfig) -> list[Monitor]:
 def _say(monitors: list[Monitor], text: str) -> None:
     for monitor in monitors:
         monitor.message(text)
-
-
-def _write_config(config: RunConfig, run_dir: Path) -> None:
-    """Store what this run runs with; a resumed one may have new overrides, which stay."""
-    path = run_dir / CONFIG
-    fresh = path.with_suffix(".new")
-    try:
-        fresh.write_text(dump_config(config))
-        fresh.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _state(config: RunConfig, ranks: Ranks) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def from_choices(
     )
 
 
+def kept(expert_TK: Tensor, padding_T: Tensor | None) -> Tensor | None:
+    """``keep_TK`` of :func:`from_choices`: every choice but padding's."""
+    return None if padding_T is None else (~padding_T)[:, None].expand_as(expert_TK)
+
+
 def count(expert_A: Tensor, num_experts: int) -> Tensor:
     """int64 rows for each expert, (E,); unlike ``bincount`` it never waits for a CUDA device."""
     load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_A.device)

@@ -90,3 +90,11 @@ class BaseRouterConfig(Config):
     def build(self, width: int, num_experts: int, axes: Axes) -> Router:
         """The router of a layer of ``width`` spread over ``axes``; parameters uninitialised."""
         raise NotImplementedError(f"{type(self).__name__} must define build")
+
+
+class TokenChoiceConfig(BaseRouterConfig):
+    """Of routers by which each token has k of all experts."""
+
+    def check_k(self, k: int, num_experts: int) -> None:
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k {k} must be from 1 to the number of experts, {num_experts}")

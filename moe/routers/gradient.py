@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coterie.core.config import Config
 from coterie.core.random import generator
-from coterie.moe.assignment import from_choices
+from coterie.moe.assignment import from_choices, kept
 from coterie.moe.routers.base import Router, Routing
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
@@ -42,7 +42,7 @@ class GradientRouter(Router):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         """Route contexts ``x_TD``."""
         expert_T1 = self.experts_of(x_TD)[:, None]
-        keep_T1 = None if info.padding_T is None else ~info.padding_T[:, None]
+        keep_T1 = kept(expert_T1, info.padding_T)
         weight_T1 = self.weights_of(x_TD, expert_T1[:, 0])[:, None]
         assignment = from_choices(expert_T1, weight_T1, self.num_experts, keep_T1)
         load_E = assignment.load_E

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from coterie.comm.axis import Axes
 from coterie.core.random import fold, uniform
-from coterie.moe.assignment import from_choices
-from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
+from coterie.moe.assignment import from_choices, kept
+from coterie.moe.routers.base import Router, Routing, TokenChoiceConfig
 from coterie.moe.stats import routing_stats
 from coterie.moe.tokens import TokenInfo
 
 
-class HashConfig(BaseRouterConfig):
+class HashConfig(TokenChoiceConfig):
     """Experts by a random hash of the token's id (hash layers)."""
 
     kind: Literal["hash"] = "hash"
@@ -34,10 +34,6 @@ class HashConfig(BaseRouterConfig):
 
     def check(self, num_experts: int) -> None:
         self.check_k(self.k, num_experts)
-
-    def check_k(self, k: int, num_experts: int) -> None:
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k {k} must be from 1 to the number of experts, {num_experts}")
 
     def build(self, width: int, num_experts: int, axes: Axes) -> Router:
         return HashRouter(num_experts, self)
@@ -61,9 +57,7 @@ class HashRouter(Router):
         expert_TK = number_TE.topk(k, dim=-1).indices
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         weight_TK = torch.full(expert_TK.shape, 1 / k, dtype=dtype, device=x_TD.device)
-        keep_TK = None
-        if info.padding_T is not None:
-            keep_TK = (~info.padding_T)[:, None].expand_as(expert_TK)
+        keep_TK = kept(expert_TK, info.padding_T)
         assignment = from_choices(expert_TK, weight_TK, self.num_experts, keep_TK)
         prob_TE = torch.zeros(number_TE.shape, dtype=dtype, device=x_TD.device)
         prob_TE.scatter_(1, expert_TK, 1 / k)

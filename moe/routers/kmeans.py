@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coterie.core.config import Config
 from coterie.core.random import generator
-from coterie.moe.assignment import count, from_choices
+from coterie.moe.assignment import count, from_choices, kept
 from coterie.moe.routers.base import Router, Routing
 from coterie.moe.stats import RoutingStats
 from coterie.moe.tokens import TokenInfo
@@ -91,7 +91,7 @@ class KMeansRouter(Router):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         """Route contexts ``x_TD``. Of equal logits the first expert wins: never more than one."""
         expert_T1 = self.experts_of(x_TD)[:, None]
-        keep_T1 = None if info.padding_T is None else ~info.padding_T[:, None]
+        keep_T1 = kept(expert_T1, info.padding_T)
         weight_T1 = torch.ones_like(expert_T1, dtype=x_TD.dtype)
         assignment = from_choices(expert_T1, weight_T1, self.num_experts, keep_T1)
         load_E = assignment.load_E

@@ -12,15 +12,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axes
-from coterie.moe.assignment import from_choices
-from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
+from coterie.moe.assignment import from_choices, kept
+from coterie.moe.routers.base import Router, Routing, TokenChoiceConfig
 from coterie.moe.stats import routing_stats
 from coterie.moe.tokens import TokenInfo
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "multi_step"]
 
 
-class RandomFixedConfig(BaseRouterConfig):
+class RandomFixedConfig(TokenChoiceConfig):
     """A random router that is not trained, with more and more experts for each token
     (SMoE-Dropout)."""
 
@@ -53,10 +53,6 @@ class RandomFixedConfig(BaseRouterConfig):
 
     def check(self, num_experts: int) -> None:
         self.check_k(self.k, num_experts)
-
-    def check_k(self, k: int, num_experts: int) -> None:
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k {k} must be from 1 to the number of experts, {num_experts}")
 
     def k_at(self, step: int, steps: int) -> int:
         """As the authors' code has it; a half is rounded to the even neighbour."""
@@ -96,9 +92,7 @@ class RandomFixedRouter(Router):
             logits_TE = x_TD.to(self.weight.dtype) @ self.weight.t()
             expert_TK = logits_TE.detach().topk(k, dim=-1).indices
             weight_TK = logits_TE.gather(1, expert_TK).softmax(-1) * self.config.scale
-            keep_TK = None
-            if info.padding_T is not None:
-                keep_TK = (~info.padding_T)[:, None].expand_as(expert_TK)
+            keep_TK = kept(expert_TK, info.padding_T)
             assignment = from_choices(expert_TK, weight_TK, self.num_experts, keep_TK)
             stats = routing_stats(assignment, logits_TE.detach().softmax(-1), info.padding_T)
         return Routing(assignment, {}, stats)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from coterie.comm.axis import Axes, Axis
 from coterie.comm.reduce import sum_over
-from coterie.moe.assignment import from_choices
-from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
+from coterie.moe.assignment import from_choices, kept
+from coterie.moe.routers.base import Router, Routing, TokenChoiceConfig
 from coterie.moe.stats import routing_stats
 from coterie.moe.tokens import TokenInfo
 
@@ -19,7 +19,7 @@ ROUNDS = 200
 """It ends then in any case; near-equal experts take tens."""
 
 
-class SinkhornConfig(BaseRouterConfig):
+class SinkhornConfig(TokenChoiceConfig):
     """In training the k best experts after Sinkhorn's balancing of the whole micro-batch, in
     evaluation the k best (S-BASE)."""
 
@@ -35,10 +35,6 @@ class SinkhornConfig(BaseRouterConfig):
 
     def check(self, num_experts: int) -> None:
         self.check_k(self.k, num_experts)
-
-    def check_k(self, k: int, num_experts: int) -> None:
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k {k} must be from 1 to the number of experts, {num_experts}")
 
     def build(self, width: int, num_experts: int, axes: Axes) -> Router:
         return SinkhornRouter(width, num_experts, self, axes.data)
@@ -73,9 +69,7 @@ class SinkhornRouter(Router):
             one = self.config.k == 1
             score_TE = logits_TE.sigmoid() if one else logits_TE.softmax(-1)
             weight_TK = score_TE.gather(1, expert_TK)
-            keep_TK = None
-            if info.padding_T is not None:
-                keep_TK = (~info.padding_T)[:, None].expand_as(expert_TK)
+            keep_TK = kept(expert_TK, info.padding_T)
             assignment = from_choices(expert_TK, weight_TK, self.num_experts, keep_TK)
             prob_TE = logits_TE.detach().softmax(-1)
             stats = routing_stats(assignment, prob_TE, info.padding_T)

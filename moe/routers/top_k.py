@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from coterie.comm.axis import Axes, Axis
 from coterie.core.random import uniform
-from coterie.moe.assignment import Assignment, count, from_choices
+from coterie.moe.assignment import Assignment, count, from_choices, kept
 from coterie.moe.losses import global_counts, sequence_balance, switch_balance, z_loss
 from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
 from coterie.moe.routers.capacity import within_shared_capacity
@@ -145,9 +145,7 @@ class TopKRouter(Router):
                 weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
             weight_TK = weight_TK * config.scale
 
-            chosen_TK = keep_TK = None
-            if info.padding_T is not None:
-                chosen_TK = keep_TK = (~info.padding_T)[:, None].expand_as(expert_TK)
+            chosen_TK = keep_TK = kept(expert_TK, info.padding_T)
             if config.capacity_factor is not None:
                 keep_TK = within_shared_capacity(
                     expert_TK,

@@ -25,8 +25,8 @@ from tests.parallel.planner.measure import TREE, batch_of, config_of
 SMALL = 20_000
 """Bytes: counts, norms and sums over a vocabulary are not planned."""
 WHOLE: dict[tuple[Any, str], tuple[str, int]] = {
-    (sequence, "_all_gather"): ("all-gather", 0),
-    (parts, "_all_gather"): ("all-gather", 0),
+    (sequence, "all_gather"): ("all-gather", 0),
+    (parts, "all_gather"): ("all-gather", 0),
     (sequence, "_reduce_scatter"): ("reduce-scatter", 1),
     (dist, "all_reduce"): ("all-reduce", 0),
     (dist, "all_to_all_single"): ("all-to-all", 0),
