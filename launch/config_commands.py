@@ -7,6 +7,15 @@ import typer
 
 from coterie.launch.run_commands import ConfigName, Overrides
 
+Under = Annotated[
+    str | None,
+    typer.Argument(metavar="[KEY]", help="Only this key and those below it.", show_default=False),
+]
+AsJsonSchema = Annotated[
+    bool,
+    typer.Option("--json", help="Print a JSON Schema, which editors use to complete YAML."),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -40,18 +49,7 @@ def show(
     print(dump_config(resolved), end="")
 
 
-def schema(
-    under: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[KEY]", help="Only this key and those below it.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print a JSON Schema, which editors use to complete YAML."),
-    ] = False,
-) -> None:
+def schema(under: Under = None, as_json: AsJsonSchema = False) -> None:
     """Every setting of a config: its dotted name, what it accepts, its default, what it does."""
     show_schema(under, as_json)
 

@@ -9,6 +9,7 @@ import typer
 
 from coterie.core.errors import UserError
 from coterie.launch import membership
+from coterie.launch.config_commands import AsJsonSchema, Under, show_schema
 from coterie.launch.config_file import DYNAMICS, shipped_names
 from coterie.launch.run_commands import (
     Overrides,
@@ -155,20 +156,8 @@ def adapt(
     _show(adapt(config, run_dir, round_, steps), as_json)
 
 
-def schema(
-    under: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[KEY]", help="Only this key and those below it.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print a JSON Schema, which editors use to complete YAML."),
-    ] = False,
-) -> None:
+def schema(under: Under = None, as_json: AsJsonSchema = False) -> None:
     """Every setting of a config of these commands."""
-    from coterie.launch.config_commands import show_schema
     from coterie.launch.dynamics_config import DynamicsRunConfig
     from coterie.launch.schema import describing
 

@@ -9,7 +9,6 @@ experts see later tokens when they choose: auxiliary routers learn to foresee it
 docs/results/moma.md, .json and .png. Runs stay in runs/reproductions/moma: interrupted, it goes on.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,7 +24,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.layer import machine
-from benchmarks.reproductions.runs import RESULTS, ROOT, coterie, each, spread, stored, train
+from benchmarks.reproductions.runs import (
+    RESULTS,
+    ROOT,
+    coterie,
+    each,
+    parse,
+    publish,
+    spread,
+    stored,
+    train,
+)
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 RUNS = ROOT / "runs" / "reproductions" / "moma"
@@ -46,24 +55,18 @@ Found = dict[str, list[dict[str, Any]]]
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a core each")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     seeds = range(arguments.seeds)
     jobs = {f"{m}/{seed}": partial(measure, m, seed) for seed in seeds for m in METHODS}
     results = each("training and evaluating", jobs, arguments.at_once)
     found = {method: [results[f"{method}/{seed}"] for seed in seeds] for method in METHODS}
-    RESULTS.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": machine(),
         "metrics": {m: [seed["metrics"] for seed in runs] for m, runs in found.items()},
         "compute_saved": {method: etas(found, method) for method in METHODS},
     }
-    (RESULTS / "moma.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(found, RESULTS / "moma.png")
-    (RESULTS / "moma.md").write_text(page(found))
-    print(page(found))
+    publish("moma", record, page(found))
     return 0
 
 

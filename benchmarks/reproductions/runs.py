@@ -1,5 +1,6 @@
 """Training runs of a reproduction: several at once, each in a process of its own, resumable."""
 
+import argparse
 import json
 import os
 import statistics
@@ -14,6 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
+
+
+def parse(description: str) -> argparse.Namespace:
+    """``seeds`` and ``at_once``, from the command line."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a core each")
+    return parser.parse_args()
+
+
+def publish(name: str, record: dict[str, Any], page: str) -> None:
+    """Write and print what a reproduction found."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(page)
+    print(page)
 
 
 def coterie(*arguments: str) -> str:

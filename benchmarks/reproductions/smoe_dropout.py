@@ -10,7 +10,6 @@ docs/results/smoe_dropout.md, .json and .png.
 Runs stay in runs/reproductions/smoe_dropout: interrupted, it goes on where it was.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -24,7 +23,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.layer import machine
-from benchmarks.reproductions.runs import RESULTS, ROOT, coterie, each, spread, stored, train
+from benchmarks.reproductions.runs import (
+    RESULTS,
+    ROOT,
+    coterie,
+    each,
+    parse,
+    publish,
+    spread,
+    stored,
+    train,
+)
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 RUNS = ROOT / "runs" / "reproductions" / "smoe_dropout"
@@ -45,10 +54,7 @@ Losses = dict[str, list[dict[str, float]]]
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a core each")
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     jobs = {
         f"{method}/{seed}": partial(losses, method, seed)
         for seed in range(arguments.seeds)
@@ -58,12 +64,9 @@ def main() -> int:
     by_method: Losses = {
         method: [found[f"{method}/{seed}"] for seed in range(arguments.seeds)] for method in METHODS
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine(), "losses": by_method}
-    (RESULTS / "smoe_dropout.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(by_method, RESULTS / "smoe_dropout.png")
-    (RESULTS / "smoe_dropout.md").write_text(page(by_method))
-    print(page(by_method))
+    publish("smoe_dropout", record, page(by_method))
     return 0
 
 
