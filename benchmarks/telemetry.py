@@ -63,7 +63,7 @@ def uncounted() -> Iterator[None]:
     nothing = torch.zeros(1, dtype=torch.int64)
 
     def stats(routed: RoutingStats, *_: Any) -> LayerStats:
-        return LayerStats(*vars(routed).values(), nothing, nothing, nothing)
+        return LayerStats(**vars(routed), load_ME=nothing, tokens_M=nothing, unrouted_M=nothing)
 
     def losses_alone(self: Tally, losses: dict[str, Tensor], _: Any) -> None:
         for name, value in losses.items():
