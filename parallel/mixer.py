@@ -48,7 +48,8 @@ class MixerConfig(Config):
     """Environments of a step: a random one and those with the nearest contexts (L1). The number of
     environments of a family is a good choice."""
     gate_every: int = Field(default=5, ge=1)
-    """Steps from one update of the gate, and migration of environments, to the next."""
+    """Steps from one update of a K-means gate, and migration of environments, to the next. A gate
+    trained by gradient is asked after every step."""
     adaptation_start: Literal["zero", "centroid"] = "zero"
     """First context of an unseen environment: 0, where all share one expert and may stay with it;
     or that gate centroid from which its loss is lowest."""
@@ -174,6 +175,10 @@ class MixerTrainer:
         experts = sum(p.numel() for p in model.experts.parameters())
         self._numel = experts * grid.ep.size + routers
 
+    @property
+    def _gate_every(self) -> int:
+        return self.config.gate_every if isinstance(self.model.router, KMeansRouter) else 1
+
     def optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Adam:
         """The one that steps ``parameter``: the contexts' or the model's."""
         ours = parameter is self.environments.context_H
@@ -194,7 +199,7 @@ class MixerTrainer:
             else:
                 losses.append(self._model_step(batch_E, parameters))
             self.step += 1
-            if self.step % config.gate_every == 0:
+            if self.step % self._gate_every == 0:
                 self.update_gate()
         self.round += 1
         return float(torch.stack(losses).mean())
@@ -271,7 +276,7 @@ class MixerTrainer:
             _, environments.context_H.grad = environments.context_gradients(everyone_E)
             optimizer.step()
             environments.share_contexts()
-            if (step + 1) % self.config.gate_every == 0 or step + 1 == steps:
+            if (step + 1) % self._gate_every == 0 or step + 1 == steps:
                 environments.reroute()
         return environments
 

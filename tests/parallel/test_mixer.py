@@ -17,7 +17,7 @@ from coterie.moe.routers.kmeans import KMeansRouter
 from coterie.parallel.environments import ExpertGrid, assert_same, expert_grid, gather_rows
 from coterie.parallel.mixer import MixerConfig, MixerTrainer
 from tests.distributed import RankFailure, run_ranks
-from tests.moe.tiny import error
+from tests.moe.tiny import error, randn
 from tests.parallel.tiny_environments import dynamics, linear, purity
 
 QUICK = MixerConfig(
@@ -240,6 +240,18 @@ def test_environments_migrate_at_gate_updates_only() -> None:
         trainer.update_gate()
         changes.append(not torch.equal(env.expert_E, before))
     assert any(changes)
+
+
+def test_a_gate_trained_by_gradient_is_asked_after_every_step() -> None:
+    config = QUICK.model_copy(update={"gate_every": 99, "lr": 0.3})
+    trainer = MixerTrainer(dynamics(4, router={"kind": "gradient"}), linear(4, 3), config)
+    env, seen = trainer.environments, set()
+    env.set_contexts(randn(12, 4, seed=1))
+    for _ in range(3):
+        trainer.train_round()
+        assert torch.equal(env.expert_E, trainer.model.router.experts_of(env.context_E))
+        seen.add(tuple(env.expert_E.tolist()))
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("seed", [1, 2])
