@@ -44,10 +44,10 @@ $(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.tx
 	@echo "== what else runs here, and what would fix gaps:  $(BIN)/coterie doctor"
 	@touch $(READY)
 
-# the tests hold the layer against Hugging Face's and megatron-core's
+# the tests hold the layer against Hugging Face's, megatron-core's and DeepSpeed's
 $(TESTS_READY): $(READY)
 	@echo "== installing what the tests need"
-	@$(PIP) --no-build-isolation -e '.[dev,hf,megatron]'
+	@$(PIP) --no-build-isolation -e '.[dev,hf,megatron,deepspeed]'
 	@touch $(TESTS_READY)
 
 # the main job is small: it runs on the CPU, with the same figures everywhere

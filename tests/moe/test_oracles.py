@@ -1,10 +1,9 @@
 """What other projects' routers do, where ours agrees and where it knowingly does not.
 
-Beside test_hugging_face.py, test_balance_losses.py, test_biased_routing.py, test_sinkhorn_router.py
-and tests/models/test_mlp_router.py, which hold the rest of the comparisons.
+Beside test_hugging_face.py, test_deepspeed.py, test_balance_losses.py, test_biased_routing.py,
+test_sinkhorn_router.py and tests/models/test_mlp_router.py, which hold the rest of the comparisons.
 """
 
-import math
 from types import ModuleType
 from typing import Any
 
@@ -222,54 +221,3 @@ def test_an_exponential_without_a_shift_overflows(megatron: ModuleType) -> None:
     factor_E = log_factors(logits_TE + 1000, None, Axis("data"))
     chosen_T = (logits_TE + factor_E).argmax(-1)
     assert torch.equal(chosen_T, megatron.sinkhorn(logits_TE).argmax(-1))
-
-
-# --- DeepSpeed, by its published closed forms (the package is not needed) -----------------------
-
-
-def deepspeed(logits_TE: Tensor, k: int) -> tuple[list[dict[int, float]], float]:
-    """Weights of each token without overflow, and l_aux, as top1gating and topkgating have them:
-    gates are the softmax; top-1 keeps its gate, more are divided by their sum; l_aux is
-    E / k · Σ mean(gates) · mean(mask)."""
-    tokens, experts = logits_TE.shape
-    weights, mass, chosen = [], [0.0] * experts, [0] * experts
-    for logits in logits_TE.tolist():
-        total = sum(math.exp(value) for value in logits)
-        gates = [math.exp(value) / total for value in logits]
-        best = sorted(range(experts), key=lambda e: -gates[e])[:k]
-        divisor = sum(gates[e] for e in best) if k > 1 else 1.0
-        weights.append({e: gates[e] / divisor for e in best})
-        for e in range(experts):
-            mass[e] += gates[e] / tokens
-            chosen[e] += e in best
-    loss = sum(m * c / tokens for m, c in zip(mass, chosen, strict=True)) * experts / k
-    return weights, loss
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_gates_and_loss_are_deepspeeds(k: int) -> None:
-    logits_TE = randn(T, E, seed=8)
-    weights, loss = deepspeed(logits_TE, k)
-    routing = route(logits_TE, k=k, renormalise=k > 1, balance_loss=1.0, z_loss=0.0)
-    truth_TE = torch.zeros(T, E, dtype=torch.float64)
-    for t, gates in enumerate(weights):
-        for e, weight in gates.items():
-            truth_TE[t, e] = weight
-    assert error(dense(routing), truth_TE) < LIMIT
-    assert float(routing.losses["balance"].detach()) == pytest.approx(loss, rel=1e-12)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_top_1_drops_are_deepspeeds(factor: float) -> None:
-    """With use_rts off the first stay, ⌈factor · T / E⌉ of each expert."""
-    logits_TE = randn(T, E, seed=9)
-    kept = [0] * E
-    truth: set[tuple[int, int]] = set()
-    for t, e in enumerate(logits_TE.argmax(-1).tolist()):
-        kept[e] += 1
-        if kept[e] <= math.ceil(factor * T / E):
-            truth.add((t, e))
-    routing = route(logits_TE, k=1, renormalise=False, capacity_factor=factor)
-    rows = routing.assignment
-    assert {*zip(rows.token_A.tolist(), rows.expert_A.tolist(), strict=True)} == truth
-    assert int(routing.stats.dropped_E.sum()) == T - len(truth) > 0
