@@ -9,10 +9,11 @@ from secrets import token_hex
 from typing import Any
 
 from coterie.core.errors import UserError
-from coterie.launch.check import CONFIG, check_world
+from coterie.launch.check import check_world
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, dump_config
 from coterie.launch.placement import boxes_of_rank
+from coterie.launch.run_folder import CONFIG
 from coterie.launch.training import CHECKPOINTS
 from coterie.parallel.checkpoint import read_state
 from coterie.parallel.checkpoint_format import STATE

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from coterie.core.errors import UserError
-from coterie.launch.check import check_fresh
 from coterie.launch.dynamics_config import DynamicsRunConfig, load_dynamics_config
 from coterie.launch.dynamics_training import DynamicsRun
 from coterie.launch.main import main
+from coterie.launch.run_folder import check_fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300.0  # seconds that one start may take
@@ -179,7 +179,7 @@ MISTAKES = {
         ["model.router.kind is 'top_k'", "kmeans or gradient"],
     ),
     "no shipped config": (["train", "odebnch_2"], ["no config 'odebnch_2'", "odebench_2"]),
-    "no run": (["resume", "nothing"], ["nothing: there is no such folder"]),
+    "no run": (["resume", "nothing"], ["nothing: there is no such run"]),
     "a run of train": (["evaluate", "other"], ["other: holds no dynamics.yaml"]),
 }
 
