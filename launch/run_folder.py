@@ -11,6 +11,11 @@ DYNAMICS_CONFIG = "dynamics.yaml"
 
 _COTERIE = {CONFIG: "coterie", DYNAMICS_CONFIG: "coterie dynamics"}
 """What the commands of a run of each kind begin with."""
+_FOR_RUNS = {
+    CONFIG: ("resume", "evaluate", "generate", "report"),
+    DYNAMICS_CONFIG: ("resume", "evaluate", "adapt"),
+}
+"""Of these, commands that take a run."""
 
 
 def check_fresh(run_dir: Path) -> None:
@@ -32,6 +37,9 @@ def saved_config(run_dir: Path, config: str = CONFIG) -> Path:
     file = run_dir / config
     if file.is_file():
         return file
+    for other in _COTERIE:
+        if (run_dir / other).is_file():
+            raise UserError(f"{run_dir}: {of_kind(other)}")
     if not run_dir.exists():
         raise UserError(f"{run_dir}: there is no such run{_runs_near(run_dir, config)}")
     what = "is a file" if not run_dir.is_dir() else f"holds no {config}"
@@ -39,6 +47,14 @@ def saved_config(run_dir: Path, config: str = CONFIG) -> Path:
         f"{run_dir}: {what}, so it is no run of '{_COTERIE[config]} train'"
         f"{_runs_near(run_dir, config)}"
     )
+
+
+def of_kind(config: str) -> str:
+    """The end of a sentence, for a command that takes runs of the other kind than those with the
+    file ``config``."""
+    coterie = _COTERIE[config]
+    *names, last = (f"'{coterie} {name}'" for name in _FOR_RUNS[config])
+    return f"is of '{coterie} train'; what takes such runs: {', '.join(names)} and {last}"
 
 
 def how_to_go_on(run_dir: Path) -> str:
