@@ -128,19 +128,19 @@ def _gathered(work: Workload, pp: int) -> int:
 def _gradients(work: Workload, stage: Stage, sizes: list[UnitSize]) -> int:
     """Bytes of gradients that stay between backward passes."""
     if work.layout.shard > 1 and work.layout.pp == 1:
-        return sum(unit.sharded for unit in sizes) * work.whole
+        return sum(unit.trained for unit in sizes) * work.whole
     return stage.gradients
 
 
 def _while_summing(work: Workload, pp: int, static: _Static, sizes: list[UnitSize]) -> Memory:
     """After the last micro-batch: gradients are summed over replicas, small ones in flat copies."""
-    gradients = sum(unit.sharded for unit in sizes) * work.whole
+    gradients = sum(unit.trained for unit in sizes) * work.whole
     return static.at(gradients, 0, 0, flat_gradients(work, pp))
 
 
 def _while_updating(work: Workload, pp: int, static: _Static, sizes: list[UnitSize]) -> Memory:
     """In the update: Muon gathers one parameter's matrices at a time and iterates on them."""
-    gradients = sum(unit.sharded for unit in sizes) * work.whole
+    gradients = sum(unit.trained for unit in sizes) * work.whole
     elements = max((orthogonalising(p, work) for p in matrices(work, pp)), default=0)
     return static.at(gradients, 0, 0, elements * muon_bytes(work))
 
