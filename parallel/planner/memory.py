@@ -163,5 +163,7 @@ def receive_buffers(work: Workload, pp: int) -> int:
     if layout.pp == 1:
         return 0
     stream = work.own * (work.model.width + work.model.carried) * work.whole
+    if work.model.auxiliary:  # no pipeline: one micro-batch at a time, and nothing comes back
+        return stream * any(stage > 0 for stage in layout.stages_of(pp))
     ends = sum((stage > 0) + (stage < layout.stages - 1) for stage in layout.stages_of(pp))
     return ends * work.micro_batches * stream

@@ -156,8 +156,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pyramid": (1, {"model": {**TREE["model"], "expert_counts": [4, 8, 16]}}),
     "muon": (1, {"optimizer": {"kind": "muon", "warmup": 1}}),
     "auxiliary routers": (1, {"model": FORESEEING}),
-    "ep 2, auxiliary routers": (2, {"model": FORESEEING, "parallel": {"ep": 2}}),
-    "random router": (1, {"model": {**TREE["model"], "moe": moe({"kind": "random_fixed"})}}),
     "tp 2, muon": (2, {"parallel": {"tp": 2}, "optimizer": {"kind": "muon", "warmup": 1}}),
     "vocabulary 8192": (1, {"model": {**TREE["model"], "vocabulary": 8192}}),
 }
