@@ -53,8 +53,8 @@ def show(reader: CheckpointReader) -> None:
     print()
     print(f"{reader.path}: {_unit(reader)} {manifest.step}")
     print(f"  saved by {saved_by}")
-    for part, size in _totals(reader).items():
-        print(f"  {part}: {size:,} bytes")
+    for part, total in _totals(reader).items():
+        print(f"  {part}: {total:,} bytes")
     for name, file in sorted(manifest.files.items()):
         print(f"  {name}: {file.size:,} bytes, sha256 {file.sha256}")
     for group in equal:
