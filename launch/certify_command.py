@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.launch.run_commands import RunDir
+from coterie.launch.arguments import RunDir
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""Rules that join a config with the number of processes, the dataset and the run's folder.
+"""Rules that join a config with the number of processes and the dataset.
 
 All are checked before any process is started.
 """
@@ -12,11 +12,6 @@ from coterie.launch.config import RunConfig
 from coterie.moe.routers.modality import ModalityConfig
 from coterie.parallel.layout import Layout
 from coterie.parallel.rules import layout_of
-
-CONFIG = "config.yaml"
-"""The resolved config in a run's folder."""
-DYNAMICS_CONFIG = "dynamics.yaml"
-"""The same of a run of `coterie dynamics`."""
 
 
 def check_world(config: RunConfig, world: int) -> None:
@@ -98,41 +93,6 @@ def _manifest(path: Path) -> Manifest:
     except UserError as error:
         make = "" if path.exists() else f"; make it: coterie data build SOURCE {path}"
         raise UserError(f"data.path: {error}{make}") from error
-
-
-def check_fresh(run_dir: Path) -> None:
-    """Raises UserError when ``run_dir`` cannot take a new run, of either kind."""
-    for file, resume in ((CONFIG, "resume"), (DYNAMICS_CONFIG, "dynamics resume")):
-        if (run_dir / file).exists():
-            raise UserError(
-                f"{run_dir}: holds a run already; go on with it by 'coterie {resume} {run_dir}', "
-                "or give another --run-dir"
-            )
-    for folder in (run_dir, *run_dir.parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: is a file, so it cannot hold a run; give another --run-dir")
-
-
-def saved_config(run_dir: Path) -> Path:
-    """The config file of the run in ``run_dir``; raises UserError when there is no run."""
-    file = run_dir / CONFIG
-    if file.is_file():
-        return file
-    if not run_dir.exists():
-        raise UserError(f"{run_dir}: there is no such run{_runs_near(run_dir)}")
-    what = "is a file" if not run_dir.is_dir() else f"holds no {CONFIG}"
-    raise UserError(f"{run_dir}: {what}, so it is no run of 'coterie train'{_runs_near(run_dir)}")
-
-
-def _runs_near(run_dir: Path) -> str:
-    """Where runs are, beside or below ``run_dir``."""
-    found = [
-        str(file.parent)
-        for folder in (run_dir.parent, run_dir, Path("runs"))
-        if folder.is_dir()
-        for file in sorted(folder.glob(f"*/{CONFIG}"))
-    ]
-    return f"; there are runs in {', '.join(dict.fromkeys(found[:3]))}" if found else ""
 
 
 def _multiple_near(number: int, factor: int) -> str:

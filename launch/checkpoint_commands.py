@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coterie.launch.run_folder import saved_config
+
 if TYPE_CHECKING:
     from coterie.parallel.checkpoint_diff import Difference
     from coterie.parallel.checkpoint_reader import CheckpointReader
@@ -135,7 +137,6 @@ def reshard(
 def find(path: Path, step: int | None) -> Path:
     """The checkpoint that a CHECKPOINT argument and --step mean; UserError when there is none."""
     from coterie.core.errors import UserError
-    from coterie.launch.check import saved_config
     from coterie.launch.training import CHECKPOINTS, choose_checkpoint
     from coterie.parallel.checkpoint_format import is_named_checkpoint, step_of
 

@@ -17,11 +17,11 @@ def as_tree(reader: CheckpointReader, experts: dict[str, list[list[int]]]) -> di
     manifest, state = reader.manifest, read_state(reader.path)
     return {
         "path": str(reader.path),
-        "step": manifest.step,
+        _unit(reader): manifest.step,
         "world_size": manifest.world_size,
         "layout": state.get("layout"),
         "versions": manifest.versions,
-        "bytes": {kind: _total(reader, kind) for kind in ("model", "optimizer")},
+        "bytes": _totals(reader),
         "files": {name: entry.model_dump() for name, entry in manifest.files.items()},
         "tensors": {
             name: {**entry.model_dump(), "bytes": reader.nbytes(name)}
@@ -51,10 +51,10 @@ def show(reader: CheckpointReader) -> None:
     # not cut to the terminal's width: names and digests are there to be copied
     Console(width=1000, markup=False, highlight=False).print(table, soft_wrap=True)
     print()
-    print(f"{reader.path}: step {manifest.step}")
+    print(f"{reader.path}: {_unit(reader)} {manifest.step}")
     print(f"  saved by {saved_by}")
-    for kind in ("model", "optimizer"):
-        print(f"  {kind}: {_total(reader, kind):,} bytes")
+    for part, total in _totals(reader).items():
+        print(f"  {part}: {total:,} bytes")
     for name, file in sorted(manifest.files.items()):
         print(f"  {name}: {file.size:,} bytes, sha256 {file.sha256}")
     for group in equal:
@@ -80,9 +80,23 @@ def unlike(a: CheckpointReader, b: CheckpointReader) -> Iterator[str]:
             yield f"{name}: {entry.dtype} and {match.dtype}"
 
 
-def _total(reader: CheckpointReader, kind: str) -> int:
-    names = reader.manifest.tensors
-    return sum(reader.nbytes(name) for name in names if name.startswith(f"{kind}."))
+_PARTS = {"environments": "contexts", "router": "gate"}
+"""Words for the first part of a tensor's name, where that is none itself."""
+
+
+def _totals(reader: CheckpointReader) -> dict[str, int]:
+    """Bytes of the model, or of its experts, contexts and gate; and of the optimizer's state."""
+    found: dict[str, int] = {}
+    for name in reader.manifest.tensors:
+        first = name.partition(".")[0]
+        part = _PARTS.get(first, first)
+        found[part] = found.get(part, 0) + reader.nbytes(name)
+    return {part: found[part] for part in sorted(found, key="optimizer".__eq__)}
+
+
+def _unit(reader: CheckpointReader) -> str:
+    """What the run's checkpoints count."""
+    return "round" if "round" in read_state(reader.path) else "step"
 
 
 def _saved_by(reader: CheckpointReader) -> str:

@@ -39,8 +39,8 @@ class RunConfig(Config):
             )
         if self.model.auxiliary != (self.stage is not None):
             raise ValueError(
-                "model.moe.router.auxiliary (auxiliary routers are trained) and stage (the run "
-                "whose weights they start from) need each other; 'coterie train RUN --stage aux' "
-                "sets both"
+                "model.moe.router.auxiliary or model.mixture_of_depths.auxiliary (routers that "
+                "foresee are trained) and stage (the run whose weights they start from) need each "
+                "other; 'coterie train RUN --stage aux' sets both"
             )
         return self

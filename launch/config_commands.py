@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.launch.run_commands import ConfigName, Overrides
+from coterie.launch.arguments import ConfigName, Overrides
 
 Under = Annotated[
     str | None,

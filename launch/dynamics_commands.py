@@ -1,56 +1,37 @@
 """``coterie dynamics``: train mixtures of vector fields on environments, and adapt to others."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from coterie.core.errors import UserError
 from coterie.launch import membership
-from coterie.launch.config_commands import AsJsonSchema, Under, show_schema
-from coterie.launch.config_file import DYNAMICS, shipped_names
-from coterie.launch.run_commands import (
-    Overrides,
+from coterie.launch.arguments import (
+    AsJson,
+    NewRunDir,
     RunDir,
-    membership_of,
-    run_ranked,
+    checkpoint_option,
+    config_argument,
+    overrides_argument,
+    processes_option,
 )
+from coterie.launch.config_commands import AsJsonSchema, Under, show_schema
+from coterie.launch.config_file import DYNAMICS
+from coterie.launch.ranked import membership_of, new_folder, run_ranked
+from coterie.launch.run_folder import DYNAMICS_CONFIG, saved_config
 
 if TYPE_CHECKING:  # importing torch takes seconds: only when it is needed
     from coterie.launch.dynamics_config import DynamicsRunConfig
     from coterie.parallel.trainer import Outcome
 
-ConfigName = Annotated[
-    str,
-    typer.Argument(
-        metavar="CONFIG",
-        help=f"A YAML file, or the name of a shipped config: {', '.join(shipped_names(DYNAMICS))}.",
-    ),
+ConfigName = Annotated[str, config_argument(DYNAMICS)]
+Overrides = Annotated[
+    list[str] | None, overrides_argument("train.rounds=50", "coterie dynamics schema")
 ]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc",
-        min=1,
-        metavar="N",
-        help="Processes to start on this machine, a multiple of parallel.ep. Without it: "
-        "parallel.ep. Not under torchrun or srun, which start them.",
-        show_default=False,
-    ),
-]
-Round = Annotated[
-    int | None,
-    typer.Option(
-        "--round",
-        min=0,
-        metavar="ROUND",
-        help="The checkpoint to use, by its round. Without it: the newest.",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Processes = Annotated[int | None, processes_option("parallel.ep, of which N is a multiple")]
+Round = Annotated[int | None, checkpoint_option("round")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -76,26 +57,14 @@ def train(
     config: ConfigName,
     overrides: Overrides = None,
     nproc: Processes = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where checkpoints and metrics go. Without it: runs/NAME, NAME being the "
-            "config's.",
-            show_default=False,
-        ),
-    ] = None,
+    run_dir: NewRunDir = None,
 ) -> int:
     """Train contexts and experts in turn. Ctrl-C saves a checkpoint after the round under way."""
     ours = membership_of(nproc)
     from coterie.launch.dynamics_config import load_dynamics_config
 
     resolved = load_dynamics_config(config, overrides or [])
-    folder = run_dir or Path("runs") / resolved.name
-    if ours is None or (ours.rank == 0 and ours.starter != "coterie"):
-        from coterie.launch.check import check_fresh
-
-        check_fresh(folder)
+    folder = new_folder(run_dir, resolved.name, ours)
 
     def here() -> "Outcome":
         from coterie.launch.dynamics_training import train
@@ -103,7 +72,7 @@ def train(
         return train(resolved, folder)
 
     world = _world(resolved, ours, nproc)
-    return run_ranked(here, ours, world, lambda: _how_to_go_on(folder))
+    return run_ranked(here, ours, world, folder)
 
 
 def resume(
@@ -111,9 +80,7 @@ def resume(
 ) -> int:
     """Go on with a run that was interrupted or killed, exactly where a checkpoint left it."""
     ours = membership_of(nproc)
-    from coterie.launch.dynamics_config import load_dynamics_config
-
-    resolved = load_dynamics_config(_saved_config(run_dir), overrides or [])
+    resolved = _config_of(run_dir, overrides or [])
 
     def here() -> "Outcome":
         from coterie.launch.dynamics_training import resume
@@ -121,15 +88,14 @@ def resume(
         return resume(resolved, run_dir, round_)
 
     world = _world(resolved, ours, nproc)
-    return run_ranked(here, ours, world, lambda: _how_to_go_on(run_dir))
+    return run_ranked(here, ours, world, run_dir)
 
 
 def evaluate(run_dir: RunDir, round_: Round = None, as_json: AsJson = False) -> None:
     """Relative MSE of each environment on held-out trajectories, and where the gate sends it."""
-    from coterie.launch.dynamics_config import load_dynamics_config
     from coterie.launch.dynamics_evaluation import evaluate
 
-    _show(evaluate(load_dynamics_config(_saved_config(run_dir)), run_dir, round_), as_json)
+    _show(evaluate(_config_of(run_dir), run_dir, round_), as_json)
 
 
 def adapt(
@@ -146,10 +112,9 @@ def adapt(
 
     Shows each one's relative MSE on trajectories that its context was not fitted to.
     """
-    from coterie.launch.dynamics_config import load_dynamics_config
     from coterie.launch.dynamics_evaluation import adapt
 
-    config = load_dynamics_config(_saved_config(run_dir))
+    config = _config_of(run_dir)
     if start is not None:
         train = config.train.model_copy(update={"adaptation_start": start})
         config = config.model_copy(update={"train": train})
@@ -163,6 +128,12 @@ def schema(under: Under = None, as_json: AsJsonSchema = False) -> None:
 
     with describing(DynamicsRunConfig):
         show_schema(under, as_json)
+
+
+def _config_of(run_dir: Path, overrides: Sequence[str] = ()) -> "DynamicsRunConfig":
+    from coterie.launch.dynamics_config import load_dynamics_config
+
+    return load_dynamics_config(saved_config(run_dir, DYNAMICS_CONFIG), list(overrides))
 
 
 def _show(result: dict[str, object], as_json: bool) -> None:
@@ -182,21 +153,3 @@ def _world(
     world = ours.world if ours is not None else nproc or config.parallel.ep
     check_dynamics_world(config, world)
     return world
-
-
-def _saved_config(run_dir: Path) -> Path:
-    from coterie.launch.check import DYNAMICS_CONFIG
-
-    file = run_dir / DYNAMICS_CONFIG
-    if not file.is_file():
-        what = f"holds no {DYNAMICS_CONFIG}" if run_dir.is_dir() else "there is no such folder"
-        raise UserError(f"{run_dir}: {what}, so it is no run of 'coterie dynamics train'")
-    return file
-
-
-def _how_to_go_on(run_dir: Path) -> str:
-    from coterie.launch.check import DYNAMICS_CONFIG
-
-    if not (run_dir / DYNAMICS_CONFIG).exists():
-        return "nothing was saved yet, so start it again"
-    return f"go on with: coterie dynamics resume {run_dir}"

@@ -38,11 +38,11 @@ def adapt(config: DynamicsRunConfig, run_dir: Path, round_: int | None, steps: i
     run = _restored(config, run_dir, round_)
     router = run.trainer.model.router
     if config.train.adaptation_start == "centroid" and not (
-        isinstance(router, KMeansRouter) and router.warm
+        isinstance(router, KMeansRouter) and router.fitted
     ):
         raise UserError(
             f"{run_dir}: contexts cannot start at centroids: the gate is no K-means gate that has "
-            "converged; use --start zero"
+            "ever converged; use --start zero"
         )
     seen, unseen = generate(config.data, "adapt"), generate(config.data, "adapt", test=True)
     before, after = (run.trainer.adapt(seen, number) for number in (0, steps))

@@ -15,10 +15,10 @@ from coterie.comm.reduce import sum_over
 from coterie.core.errors import RunError, UserError
 from coterie.data.environments import Environments, generate
 from coterie.launch import child
-from coterie.launch.check import DYNAMICS_CONFIG
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_report import DynamicsReport, RoundReport
 from coterie.launch.load_config import write_config
+from coterie.launch.run_folder import DYNAMICS_CONFIG
 from coterie.launch.training import CHECKPOINTS, choose_checkpoint
 from coterie.models.dynamics import DynamicsModel
 from coterie.moe.routers.kmeans import routing_accuracy

@@ -97,9 +97,9 @@ class ConfigSource:
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         if not equals:
-            raise UserError(f"{where}: write key.sub=value, such as train.steps=100")
+            raise UserError(f"{where}: write key.sub=value, such as train.seed=1")
         if not all(path):
-            raise UserError(f"{where}: '{key}' is no dotted key; write it like train.steps=100")
+            raise UserError(f"{where}: '{key}' is no dotted key; write it like train.seed=1")
         group = self.tree
         for depth, part in enumerate(path[:-1], 1):
             if group.get(part) is None:

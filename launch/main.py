@@ -17,6 +17,7 @@ from coterie.launch import (
     data_commands,
     doctor,
     dynamics_commands,
+    inference_commands,
     membership,
     plan_command,
     report_command,
@@ -32,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 run_commands.add_to(app)
+inference_commands.add_to(app)
 upcycle_command.add_to(app)
 certify_command.add_to(app)
 checkpoint_commands.add_to(app)

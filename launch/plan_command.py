@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.core.errors import UserError, nearest
+from coterie.launch.arguments import ConfigName, Overrides
 from coterie.launch.config_file import SHIPPED
-from coterie.launch.run_commands import ConfigName, Overrides
 
 if TYPE_CHECKING:  # importing torch takes seconds: only when it is needed
     from coterie.launch.config import RunConfig

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from coterie.launch.run_commands import RunDir
+from coterie.launch.arguments import RunDir
+from coterie.launch.run_folder import saved_config
 
 
 def add_to(app: typer.Typer) -> None:
@@ -26,7 +27,6 @@ def report(
 ) -> None:
     """Make a page of a run, finished or not: losses, throughput, and the load of every expert over
     time. One HTML file that needs no network."""
-    from coterie.launch.check import saved_config
     from coterie.launch.load_config import load_config
     from coterie.launch.report.page import write_report
 

@@ -9,10 +9,11 @@ from secrets import token_hex
 from typing import Any
 
 from coterie.core.errors import UserError
-from coterie.launch.check import CONFIG, check_world
+from coterie.launch.check import check_world
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, dump_config
 from coterie.launch.placement import boxes_of_rank
+from coterie.launch.run_folder import CONFIG, DYNAMICS_CONFIG, of_kind
 from coterie.launch.training import CHECKPOINTS
 from coterie.parallel.checkpoint import read_state
 from coterie.parallel.checkpoint_format import STATE
@@ -63,6 +64,8 @@ def saved_run(source: Path, overrides: list[str]) -> tuple[dict[str, Any], RunCo
     state = read_state(source)
     if not isinstance(state.get("config"), dict):
         raise UserError(f"{source / STATE}: names no config, so the boxes of ranks are unknown")
+    if "round" in state:
+        raise UserError(f"{source}: {of_kind(DYNAMICS_CONFIG)}")
     return state, changed_config(source / STATE, state["config"], overrides)
 
 

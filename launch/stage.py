@@ -5,9 +5,9 @@ from typing import Any
 
 from coterie.core.errors import UserError
 from coterie.launch.causality import can_foresee, who_looks_ahead
-from coterie.launch.check import saved_config
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, load_config
+from coterie.launch.run_folder import saved_config
 from coterie.launch.training import stage_checkpoint
 from coterie.models import DecoderConfig
 from coterie.parallel.checkpoint_format import step_of
@@ -17,6 +17,8 @@ _OPTIMIZER = {"lr": 1e-4, "final_lr": 0.01, "decay": "linear"}
 """MoMa's: 1e-4 → 1e-6."""
 _WARMUP = 5
 """Steps to one of warm-up: 10,000 to 2,000."""
+_WARMUP_KEYS = ("optimizer", "optimizer.warmup")
+"""Overrides that say how long it is."""
 
 
 def stage_config(stage: str, run_dir: Path, overrides: list[str]) -> RunConfig:
@@ -49,12 +51,14 @@ def stage_config(stage: str, run_dir: Path, overrides: list[str]) -> RunConfig:
     tree: dict[str, Any] = before.model_dump(mode="json") | {
         "name": f"{before.name}-aux",
         "model": _with_auxiliary(before.model).model_dump(mode="json"),
-        "optimizer": {**_OPTIMIZER, "warmup": 0},
+        "optimizer": {**_OPTIMIZER, "warmup": 0},  # until the steps are known
         "stage": {"kind": "aux", "weights": run, "step": step_of(checkpoint)},
     }
     config = changed_config(file, tree, overrides)
-    tree["optimizer"]["warmup"] = config.train.steps // _WARMUP
-    return changed_config(file, tree, overrides)
+    if any(key.partition("=")[0].strip() in _WARMUP_KEYS for key in overrides):
+        return config
+    optimizer = config.optimizer.model_copy(update={"warmup": config.train.steps // _WARMUP})
+    return config.model_copy(update={"optimizer": optimizer})
 
 
 def check_stage(config: RunConfig) -> None:

@@ -13,10 +13,10 @@ from coterie.data import Sampler, TokenDataset
 from coterie.launch import child
 from coterie.launch.assemble import build_model, join, open_data
 from coterie.launch.causality import can_foresee, who_looks_ahead
-from coterie.launch.check import CONFIG
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import write_config
+from coterie.launch.run_folder import CONFIG
 from coterie.models.placement import parameter_counts
 from coterie.parallel.checkpoint import (
     Checkpointer,

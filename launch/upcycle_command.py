@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from coterie.launch.arguments import ConfigName, Overrides
 from coterie.launch.checkpoint_commands import Checkpoint, Step, find, progress
-from coterie.launch.run_commands import ConfigName, Overrides, default_world
+from coterie.launch.run_commands import default_world
 
 
 def add_to(app: typer.Typer) -> None:

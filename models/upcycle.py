@@ -58,7 +58,11 @@ def origins(old: DecoderConfig, new: DecoderConfig, how: How) -> dict[str, Origi
     trained, wanted = _shapes(old), _shapes(new)
     found: dict[str, Origin] = {}
     for layer in range(new.layers):
-        if new.first_like(layer) == layer and new.is_moe(layer) and not _same(old, new, layer):
+        if new.first_like(layer) < layer or not new.is_moe(layer):
+            continue
+        if _same(old, new, layer):
+            _check_router(old, new, layer)
+        else:
             found |= _experts(old, new, layer, how, trained)
     for name, shape in wanted.items():
         if name not in found:
@@ -124,6 +128,19 @@ def _same(old: DecoderConfig, new: DecoderConfig, layer: int) -> bool:
     kinds = [router.kind for router in (before.router, now.router)]
     same = before.experts == now.experts and kinds[0] == kinds[1]
     return same and _groups(old, layer) == _groups(new, layer)
+
+
+def _check_router(old: DecoderConfig, new: DecoderConfig, layer: int) -> None:
+    """Of a router that goes on: what makes combine weights of its logits, which the trained experts
+    go with."""
+    before, now = old.moe_of(layer).router, new.moe_of(layer).router
+    for key in ("score", "renormalise", "scale"):
+        values = [_word(getattr(router, key, None)) for router in (before, now)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"model.moe.router.{key} is {values[1]}, but was {values[0]} in the trained run, "
+                f"whose router of layer {layer} goes on: set model.moe.router.{key}={values[0]}"
+            )
 
 
 def _groups(config: DecoderConfig, layer: int) -> tuple[int, ...]:

@@ -281,7 +281,7 @@ class MixerTrainer:
         return environments
 
     def _start_at_centroids(self, environments: PlacedEnvironments) -> None:
-        if not isinstance(self.model.router, KMeansRouter) or not self.model.router.warm:
+        if not isinstance(self.model.router, KMeansRouter) or not self.model.router.fitted:
             raise ValueError("adaptation_start: centroid needs a K-means gate that has converged")
         centroid_MK, losses = self.model.router.centroid_MD, []
         for centroid_K in centroid_MK:

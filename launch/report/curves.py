@@ -1,13 +1,15 @@
 """Curves of a run, thinned out to what a screen can show."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from coterie.launch.report.records import Record, Records
+from coterie.launch.report.lines import Record
+from coterie.launch.report.records import Records
 
 POINTS = 800
 """A curve has at most so many."""
+_LARGEST = 1e300
+"""Of a number that is drawn: neighbours are added up."""
 
 Curve = dict[str, Any]
 """``name``, and by point ``x`` (the step), ``y`` and, where several points became one, ``low`` and
@@ -58,11 +60,11 @@ def charts(records: Records) -> list[dict[str, Any]]:
 
 
 def curve(name: str, records: Iterable[Record], key: str) -> Curve:
-    """The values of ``key`` by step. What is no finite number is left out."""
+    """The values of ``key`` by step. What is not finite is left out."""
     points = [
         (record["step"], float(record[key]))
         for record in records
-        if isinstance(record.get(key), int | float) and math.isfinite(record[key])
+        if key in record and abs(record[key]) < _LARGEST
     ]
     return {"name": name, **thinned(points)}
 

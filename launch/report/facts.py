@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.launch.config import RunConfig
-from coterie.launch.report.records import Record, Records
+from coterie.launch.report.lines import Record
+from coterie.launch.report.records import Records
 from coterie.models.placement import parameter_counts
 
 

@@ -21,7 +21,7 @@ def write_report(run_dir: Path, config: RunConfig, out: Path) -> Path:
     """The page on the run in ``run_dir``, written to ``out``.
 
     Raises:
-        UserError: nothing was recorded yet, or ``out`` cannot be written.
+        UserError: nothing was recorded yet, a record is damaged, or ``out`` cannot be written.
     """
     text = page(run_dir, config)
     if out.is_dir():

@@ -1,17 +1,14 @@
 """What a run's folder says of it: lines of metrics.jsonl and load.jsonl."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from coterie.core.errors import UserError
+from coterie.launch.report.lines import Record, check_load, check_metrics, read_lines
 from coterie.parallel.load import LayerLoad
 from coterie.parallel.monitors.jsonl import FILE, LOAD_FILE
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,63 +51,41 @@ class Records:
 
 
 def read_records(run_dir: Path) -> Records:
-    """What ``run_dir`` holds. A line that a kill cut is left out.
+    """What ``run_dir`` holds. A last line that is not whole yet, or that a kill cut, is left out.
 
     Raises:
-        UserError: there is nothing yet, or a file cannot be read.
+        UserError: there is nothing yet; a file cannot be read; a line is not what a run writes.
     """
     path = run_dir / FILE
     if not path.exists():
         raise UserError(f"{path}: there is no such file, so nothing was recorded yet to report")
-    lines = _lines(path)
+    lines = read_lines(path, check_metrics)
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise UserError(
             f"{path}: holds no step yet; it gets its first line after monitor.every steps"
         )
     failures = [line for line in lines if "failure" in line]
-    loads = _lines(run_dir / LOAD_FILE) if (run_dir / LOAD_FILE).exists() else []
+    loads = run_dir / LOAD_FILE
     return Records(
         steps,
         [line for line in lines if "held_out/loss" in line],
         [line for line in lines if "layout" in line],
         failures[-1] if failures else None,
-        [_load(line, run_dir / LOAD_FILE) for line in loads],
+        [_load(line) for line in read_lines(loads, check_load)] if loads.exists() else [],
     )
 
 
-def _lines(path: Path) -> list[Record]:
-    try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    found = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
-
-
-def _load(record: Record, path: Path) -> LoadRecord:
-    try:
-        layers = {
-            int(layer): LayerLoad(
-                rows_ME=np.array(found["rows"], dtype=np.int64),
-                dropped_E=np.array(found["dropped"], dtype=np.int64),
-                tokens_M=np.array(found["tokens"], dtype=np.int64),
-                unrouted_M=np.array(found["unrouted"], dtype=np.int64),
-                rows_R=np.array(found["ranks"], dtype=np.int64),
-                entropy=float(found["entropy"]),
-            )
-            for layer, found in record["layers"].items()
-        }
-        return LoadRecord(record["step"], record["steps"], layers)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: the line of step {record['step']} is not what 'coterie train' writes "
-            f"({type(error).__name__}: {error}); remove it"
-        ) from error
+def _load(record: Record) -> LoadRecord:
+    layers = {
+        int(layer): LayerLoad(
+            rows_ME=np.array(found["rows"], dtype=np.int64),
+            dropped_E=np.array(found["dropped"], dtype=np.int64),
+            tokens_M=np.array(found["tokens"], dtype=np.int64),
+            unrouted_M=np.array(found["unrouted"], dtype=np.int64),
+            rows_R=np.array(found["ranks"], dtype=np.int64),
+            entropy=float(found["entropy"]),
+        )
+        for layer, found in record["layers"].items()
+    }
+    return LoadRecord(record["step"], record["steps"], layers)

@@ -88,6 +88,11 @@ class KMeansRouter(Router):
         self.register_buffer("warm", torch.tensor(False))
         self.register_buffer("attempts", torch.tensor(0))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether an update has ever succeeded: the centroids are those of the last that did."""
+        return bool(self.warm) or bool(self.centroid_MD.any())
+
     def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
         """Route contexts ``x_TD``. Of equal logits the first expert wins: never more than one."""
         expert_T1 = self.experts_of(x_TD)[:, None]
@@ -113,8 +118,8 @@ class KMeansRouter(Router):
     def update(self, context_ED: Tensor, loss_EM: Tensor) -> GateUpdate:
         """Refit W to the clusters of ``context_ED``, given each expert's loss on each environment.
 
-        An empty cluster, or centroids that still move after the last iteration, leave W alone and
-        forget the centroids: a later call tries again from others.
+        An empty cluster, or centroids that still move after the last iteration, leave W and the
+        centroids of the last success alone: a later call tries again from others than these.
         """
         context_ED = context_ED.detach().to(self.centroid_MD.dtype)
         clusters = kmeans(

@@ -136,11 +136,27 @@ def choosing(work: Workload, layer: int) -> Held:
     kept = stream + work.own * work.whole + places * (INT + split)
     # cosines and sines of the places' positions
     kept += 2 * inside.gathered * work.head_width * work.half
-    if depths.foresees:  # both hidden values; its answer, the right one, and what is no token
-        hidden = -(-work.model.width // 2)
-        kept += work.own * ((2 * hidden + 2) * work.whole + 1) + INT
+    if depths.foresees:
+        kept += predictor(work, 1)
     whole = places * work.model.width * work.whole
     return Held(kept, kept + taken + (2 * whole if split else 0), stream + taken + split * whole)
+
+
+def predictor(work: Workload, choosers: int) -> int:
+    """What an auxiliary router keeps besides its input: both hidden values; for each chooser its
+    answer, the right one, and whether that counts."""
+    hidden = -(-work.model.width // 2)
+    return work.own * (2 * (hidden + choosers) * work.whole + choosers) + INT
+
+
+def foreseeing(work: Workload, choosers: int, among: int = 0) -> Held:
+    """An auxiliary router where it alone is trained; ``among``: of the experts of a layer, whose
+    tokens are brought together."""
+    width, whole = work.model.width, work.whole
+    kept = work.own * width * whole + predictor(work, choosers)
+    kept += (work.own + among) * INT if among else 0
+    backward = work.own * (2 * -(-width // 2) + choosers) * whole
+    return Held(kept, kept, backward)
 
 
 def adding(work: Workload, layer: int) -> Held:

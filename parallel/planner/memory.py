@@ -128,19 +128,19 @@ def _gathered(work: Workload, pp: int) -> int:
 def _gradients(work: Workload, stage: Stage, sizes: list[UnitSize]) -> int:
     """Bytes of gradients that stay between backward passes."""
     if work.layout.shard > 1 and work.layout.pp == 1:
-        return sum(unit.sharded for unit in sizes) * work.whole
+        return sum(unit.trained for unit in sizes) * work.whole
     return stage.gradients
 
 
 def _while_summing(work: Workload, pp: int, static: _Static, sizes: list[UnitSize]) -> Memory:
     """After the last micro-batch: gradients are summed over replicas, small ones in flat copies."""
-    gradients = sum(unit.sharded for unit in sizes) * work.whole
+    gradients = sum(unit.trained for unit in sizes) * work.whole
     return static.at(gradients, 0, 0, flat_gradients(work, pp))
 
 
 def _while_updating(work: Workload, pp: int, static: _Static, sizes: list[UnitSize]) -> Memory:
     """In the update: Muon gathers one parameter's matrices at a time and iterates on them."""
-    gradients = sum(unit.sharded for unit in sizes) * work.whole
+    gradients = sum(unit.trained for unit in sizes) * work.whole
     elements = max((orthogonalising(p, work) for p in matrices(work, pp)), default=0)
     return static.at(gradients, 0, 0, elements * muon_bytes(work))
 
@@ -163,5 +163,7 @@ def receive_buffers(work: Workload, pp: int) -> int:
     if layout.pp == 1:
         return 0
     stream = work.own * (work.model.width + work.model.carried) * work.whole
+    if work.model.auxiliary:  # no pipeline: one micro-batch at a time, and nothing comes back
+        return stream * any(stage > 0 for stage in layout.stages_of(pp))
     ends = sum((stage > 0) + (stage < layout.stages - 1) for stage in layout.stages_of(pp))
     return ends * work.micro_batches * stream

@@ -1,6 +1,6 @@
 """Every parameter's shape, what cuts it, and so how many elements each rank owns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -44,7 +44,7 @@ class Parameter:
     @property
     def of_muon(self) -> bool:
         """Whether Muon would update it."""
-        return takes(self.name, self.shape)
+        return not self.frozen and takes(self.name, self.shape)
 
     def part(self, layout: Layout) -> tuple[int, ...]:
         """The shape on the rank with the largest part, before FSDP."""
@@ -184,6 +184,8 @@ class UnitSize:
     """Gathered: what tp, ep and etp leave."""
     sharded: int
     """What FSDP leaves of that."""
+    trained: int
+    """Of these, elements that have gradients and optimizer state."""
     largest: int
     """Of its biggest parameter, gathered."""
     tensors: int
@@ -192,7 +194,7 @@ class UnitSize:
 
     def moments(self, work: Workload) -> int:
         """Elements that the optimizer keeps: two for each of AdamW's, one for each of Muon's."""
-        return 2 * self.sharded - (self.matrices if work.optimizer == "muon" else 0)
+        return 2 * self.trained - (self.matrices if work.optimizer == "muon" else 0)
 
 
 @cache
@@ -236,14 +238,15 @@ def representatives(config: DecoderConfig) -> tuple[Parameter, ...]:
 
 
 def _unit_size(members: list[Parameter], layout: Layout) -> UnitSize:
-    whole = sharded = largest = matrices = 0
+    whole = sharded = trained = largest = matrices = 0
     for parameter in members:
         part = parameter.part(layout)
         whole += prod(part)
         sharded += parameter.elements(layout)
+        trained += 0 if parameter.frozen else parameter.elements(layout)
         largest = max(largest, prod(part))
         matrices += parameter.elements(layout) if parameter.of_muon else 0
-    return UnitSize(whole, sharded, largest, len(members), matrices)
+    return UnitSize(whole, sharded, trained, largest, len(members), matrices)
 
 
 def units_of(work: Workload, stage: int) -> list[Unit]:
@@ -258,12 +261,14 @@ def units_of(work: Workload, stage: int) -> list[Unit]:
     return units
 
 
-def owned(work: Workload, of_muon: bool = False) -> npt.NDArray[np.int64]:
-    """(world, 2): elements of dense and of expert parameters that each rank stores; ``of_muon``: of
-    those alone that Muon would update."""
+def owned(
+    work: Workload, which: Callable[[Parameter], bool] = lambda parameter: True
+) -> npt.NDArray[np.int64]:
+    """(world, 2): elements of dense and of expert parameters that each rank stores, of those
+    ``which`` chooses."""
     layout = work.layout
     table = np.zeros((layout.world, 2), dtype=np.int64)
-    dense, expert = _elements_by_stage(work, of_muon)
+    dense, expert = _elements_by_stage(work, which)
     for pp in range(layout.pp):
         ranks = slice(pp * layout.stage_ranks, (pp + 1) * layout.stage_ranks)
         mine = layout.stages_of(pp)
@@ -273,13 +278,13 @@ def owned(work: Workload, of_muon: bool = False) -> npt.NDArray[np.int64]:
 
 
 def _elements_by_stage(
-    work: Workload, of_muon: bool
+    work: Workload, which: Callable[[Parameter], bool]
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]]:
     """Elements of each stage's dense and expert parameters, by rank inside the stage."""
     layout, config = work.layout, work.model
     by_unit: dict[Unit, npt.NDArray[np.int64]] = {}
     for parameter in representatives(config):
-        held = _held(parameter, layout) * (parameter.of_muon or not of_muon)
+        held = _held(parameter, layout) * which(parameter)
         by_unit[parameter.unit] = by_unit.get(parameter.unit, 0) + held
     dense, expert = [], []
     nothing = np.zeros(layout.stage_ranks, dtype=np.int64)

@@ -46,6 +46,9 @@ class Stage:
     too."""
 
 
+_NOTHING = Held()
+
+
 class Pieces:
     """The pieces of a workload's stages; those of equal blocks are computed once."""
 
@@ -102,12 +105,15 @@ class Pieces:
         untie = self.work.model.untie
         norms = {"block": 2, "attention": 1, "feed forward": 1}.get(name, 0)
         norms *= untie.modalities if untie.norm else 1
+        norms *= not self.work.model.auxiliary
         chooses = some and name in ("block", "choosing")
         router = self._piece(("choosing", 0, True)).gradients if chooses else 0
         return replace(piece, new=norms * width * self.work.whole + router)
 
     def _received(self, piece: Piece) -> Piece:
         """The first piece of a later stage: its input lies in a receive buffer."""
+        if self.work.model.auxiliary:  # it keeps none, or one of its own
+            return piece
         stream = self.work.own * self.work.model.width * self.work.whole
         held = piece.held
         held = Held(held.kept - stream, held.forward - stream, held.backward)
@@ -131,17 +137,25 @@ def _feed(work: Workload, experts: int, some: bool) -> Piece:
     layer = _layer(work, some, experts)
     inside = work.inside(layer)
     held = activations.moe_half(inside, experts) if experts else activations.dense_half(inside)
-    return _with_gradients(work, held, lambda p: _part(p, layer) == "feed forward")
+    foreseen = _NOTHING
+    if work.model.moe is not None and work.model.moe.router.foresees and experts:
+        foreseen = activations.foreseeing(inside, experts, among=experts)
+    return _with_gradients(work, held, lambda p: _part(p, layer) == "feed forward", foreseen)
 
 
 def _choosing(work: Workload, _experts: int = 0, _some: bool = True) -> Piece:
     layer = _layer(work, some=True)
+    depths = work.model.depths_of(layer)
+    foreseen = _NOTHING
+    if depths is not None and depths.foresees:
+        foreseen = activations.foreseeing(work, 1)
     held = activations.choosing(work, layer)
-    return _with_gradients(work, held, lambda p: _part(p, layer) == "depths")
+    return _with_gradients(work, held, lambda p: _part(p, layer) == "depths", foreseen)
 
 
 def _adding(work: Workload, _experts: int = 0, _some: bool = True) -> Piece:
-    return Piece(activations.adding(work, _layer(work, some=True)), 0, 0, 0)
+    held = activations.adding(work, _layer(work, some=True))
+    return _with_gradients(work, held, lambda p: False)
 
 
 def _block(work: Workload, experts: int, some: bool) -> Piece:
@@ -160,6 +174,8 @@ def _block(work: Workload, experts: int, some: bool) -> Piece:
         backward = max(backward, live + part.held.backward + made)
         live -= part.held.kept
         made += part.gradients
+    if kept == 0:  # without anything to train
+        return Piece(Held(0, forward, 0), 0, 0, 0)
     held = Held(kept=stream, forward=forward, backward=backward - stream)
     return Piece(held, made, made, max(part.largest for part in parts))
 
@@ -196,6 +212,13 @@ def _part(parameter: Parameter, layer: int) -> str | None:
     return "attention" if ".attention" in parameter.name else "feed forward"
 
 
-def _with_gradients(work: Workload, held: Held, mine: Callable[[Parameter], bool]) -> Piece:
-    sizes = [prod(p.part(work.layout)) * work.whole for p in representatives(work.model) if mine(p)]
+def _with_gradients(
+    work: Workload, held: Held, mine: Callable[[Parameter], bool], foreseen: Held = _NOTHING
+) -> Piece:
+    """``foreseen``: of its auxiliary router, all that is left of ``held`` where these alone are
+    trained."""
+    if work.model.auxiliary:
+        held = Held(foreseen.kept, held.forward + foreseen.kept, foreseen.backward)
+    trained = [p for p in representatives(work.model) if mine(p) and not p.frozen]
+    sizes = [prod(p.part(work.layout)) * work.whole for p in trained]
     return Piece(held, sum(sizes), sum(sizes), max(sizes, default=0))

@@ -74,15 +74,15 @@ class Plan:
         layout = self.work.layout
         muon = self.work.optimizer == "muon"
         stored = owned(self.work)
-        matrices = owned(self.work, of_muon=True).sum(1) * muon
+        trained = owned(self.work, lambda parameter: not parameter.frozen).sum(1)
+        matrices = owned(self.work, lambda parameter: parameter.of_muon).sum(1) * muon
         pp_of_rank = np.arange(layout.world) // layout.stage_ranks
-        rows = np.column_stack([pp_of_rank, stored, matrices])
+        rows = np.column_stack([pp_of_rank, stored, 2 * trained - matrices])
         distinct, kind_of = np.unique(rows, axis=0, return_inverse=True)
         sent = [total(self.links, found) for found in self.collectives]
         kinds = []
-        for number, (pp, dense, expert, matrix) in enumerate(distinct.tolist()):
+        for number, (pp, dense, expert, moments) in enumerate(distinct.tolist()):
             parameters = (dense + expert) * self.work.whole
-            moments = (2 * (dense + expert) - matrix) * self.work.whole
             kinds.append(
                 Kind(
                     ranks=np.flatnonzero(kind_of.reshape(-1) == number),
@@ -91,7 +91,9 @@ class Plan:
                     dense=dense,
                     expert=expert,
                     memory=replace(
-                        self.by_pipeline_rank[pp], parameters=parameters, optimizer=moments
+                        self.by_pipeline_rank[pp],
+                        parameters=parameters,
+                        optimizer=moments * self.work.whole,
                     ),
                     sent=sent[pp],
                 )

@@ -78,7 +78,7 @@ def _states(work: Workload) -> int:
     sizes = unit_sizes(work.model, work.layout)
     return work.whole * max(
         sum(
-            2 * sizes[unit].sharded + sizes[unit].moments(work)
+            sizes[unit].sharded + sizes[unit].trained + sizes[unit].moments(work)
             for stage in work.layout.stages_of(pp)
             for unit in units_of(work, stage)
         )

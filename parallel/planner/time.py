@@ -135,7 +135,7 @@ def _one(links: Links, machine: Machine, collective: Collective) -> float:
 def _update(work: Workload, machine: Machine, pp: int) -> float:
     sizes = unit_sizes(work.model, work.layout)
     units = [u for stage in work.layout.stages_of(pp) for u in units_of(work, stage)]
-    elements = sum(sizes[unit].sharded for unit in units)
+    elements = sum(sizes[unit].trained for unit in units)
     products = sum(newton_schulz_flops(p, work) for p in matrices(work, pp))
     rate = machine.peak[work.compute] * 1e12 * machine.efficiency
     return _UPDATE * elements * work.whole / (machine.memory_bandwidth * 1e9) + products / rate

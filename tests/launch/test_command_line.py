@@ -7,22 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from coterie.launch import doctor
 from coterie.launch.config_file import shipped_names
-from coterie.launch.main import main
+from coterie.launch.main import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = [
-    *([name] for name in ("train", "resume", "evaluate", "generate", "plan", "doctor")),
-    *(["checkpoint", name] for name in ("inspect", "verify", "diff", "reshard")),
-    *(["data", name] for name in ("build", "inspect", "verify")),
-    *(["config", name] for name in ("show", "schema")),
-    *(["dynamics", name] for name in ("train", "resume", "evaluate", "adapt", "schema")),
-]
+
+
+def commands(group: typer.core.TyperGroup) -> Iterator[list[str]]:
+    """The words of each command, those of sub-groups included."""
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        yield from ([name, *words] for words in commands(command)) if inner else [[name]]
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
 
 
 def coterie(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +46,22 @@ def test_help_describes_everything(command: list[str], capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert f"Example:  coterie {' '.join(command)}" in " ".join(shown.split("\n"))
     assert "Usage: coterie" in shown
+
+
+def test_the_commands_are_all_there() -> None:
+    assert ["train"] in COMMANDS and ["upcycle"] in COMMANDS and ["dynamics", "adapt"] in COMMANDS
+
+
+def test_overrides_are_explained_by_settings_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words, example, schema in (
+        (["train"], "train.steps=100", "coterie config schema"),
+        (["dynamics", "train"], "train.rounds=50", "coterie dynamics schema"),
+    ):
+        assert main([*words, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"such as {example}" in shown and f"All settings: {schema}" in shown
 
 
 def test_help_of_train_names_the_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from coterie.core.errors import UserError
-from coterie.launch.check import check_fresh
 from coterie.launch.dynamics_config import DynamicsRunConfig, load_dynamics_config
 from coterie.launch.dynamics_training import DynamicsRun
 from coterie.launch.main import main
+from coterie.launch.run_folder import check_fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300.0  # seconds that one start may take
@@ -179,8 +179,11 @@ MISTAKES = {
         ["model.router.kind is 'top_k'", "kmeans or gradient"],
     ),
     "no shipped config": (["train", "odebnch_2"], ["no config 'odebnch_2'", "odebench_2"]),
-    "no run": (["resume", "nothing"], ["nothing: there is no such folder"]),
-    "a run of train": (["evaluate", "other"], ["other: holds no dynamics.yaml"]),
+    "no run": (["resume", "nothing"], ["nothing: there is no such run"]),
+    "a run of train": (
+        ["evaluate", "other"],
+        ["other: is of 'coterie train'; what takes such runs: 'coterie resume'"],
+    ),
 }
 
 
@@ -215,6 +218,44 @@ def test_a_folder_takes_one_run(place: Path, capsys: pytest.CaptureFixture[str])
     assert "other: holds a run already" in capsys.readouterr().err
     assert main(["dynamics", "adapt", "mine", "--round", "7"]) == 2
     assert "no checkpoint of step 7; there are: 1" in capsys.readouterr().err
+
+
+def test_other_commands_know_such_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dynamics", "train", "small.yaml", "train.rounds=1", "--run-dir", "mine"]) == 0
+    capsys.readouterr()
+    checkpoint = "mine/checkpoints/step_00000001"
+    for words, what in (
+        (["evaluate", "mine"], "mine"),
+        (["generate", "mine", "--prompt", "a"], "mine"),
+        (["resume", "mine"], "mine"),
+        (["train", "mine", "--stage", "aux"], "mine"),
+        (["report", "mine"], "mine"),
+        (["upcycle", "mine", "quickstart", "--run-dir", "new"], checkpoint),
+        (["checkpoint", "reshard", checkpoint, "new", "--world", "2"], checkpoint),
+    ):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"coterie: {what}: is of 'coterie dynamics train'; what takes"), told
+        assert told.endswith("'coterie dynamics evaluate' and 'coterie dynamics adapt'\n")
+    assert not Path("new").exists()
+
+    assert main(["checkpoint", "inspect", "mine", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["round"] == 1
+    run = DynamicsRun.build(load_dynamics_config("mine/dynamics.yaml"))
+    experts = 8 * sum(p.numel() for p in run.trainer.model.experts.parameters())
+    gate = 8 * (2 * 4 + 5 * 2 + 1) + 1  # centroids, weights, attempts, whether it is warm
+    contexts = 10 * 4 * 8
+    counts = 4 * sum(name.endswith(".step") for name in found["tensors"])
+    assert found["bytes"] == {
+        "contexts": contexts + 10 * 8,  # and the expert of each
+        "experts": experts,
+        "gate": gate,
+        "optimizer": 2 * (experts + contexts) + counts,
+    }
+    assert main(["checkpoint", "inspect", "mine"]) == 0
+    told = capsys.readouterr().out
+    assert f"{checkpoint}: round 1" in told and f"  gate: {gate} bytes" in told
 
 
 def test_centroids_that_there_are_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from coterie.core.errors import UserError
 from coterie.launch.processes import Ended, _Group, run_ranks
-from coterie.launch.run_commands import _how_to_go_on, _tell
+from coterie.launch.ranked import _tell
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ RunRanks = Callable[..., Ended]
 
 def tell(ended: Ended, run_dir: Path) -> int:
     """What `coterie train` tells of its ranks."""
-    return _tell(ended, lambda: _how_to_go_on(run_dir))
+    return _tell(ended, run_dir)
 
 
 @pytest.fixture

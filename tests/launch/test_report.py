@@ -416,7 +416,7 @@ def test_a_broken_script_is_noticed(shown: Path, capsys: pytest.CaptureFixture[s
             ["--out", "file/page.html"],
             "--out file/page.html: file is a file; give a name in a dir",
         ),
-        ("LOAD", [], r"load\.jsonl: the line of step 5 is not what 'coterie train' writes"),
+        ("LOAD", [], r"load\.jsonl:1: layer 0: dropped is missing, which is not what 'coterie"),
     ],
 )
 def test_mistakes_are_one_sentence(

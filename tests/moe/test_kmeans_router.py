@@ -104,7 +104,7 @@ def test_converging_on_the_last_iteration_counts() -> None:
 
 
 @pytest.mark.parametrize("failure", ["a cluster is empty", "did not converge"])
-def test_failure_leaves_the_weights_and_forgets_the_centroids(failure: str) -> None:
+def test_failure_leaves_the_weights_and_starts_elsewhere(failure: str) -> None:
     context_ED, family_E = planted(2, 4, 3)
     gate = router(3, 2, iterations=1 if "converge" in failure else 20)
     far = 1e6 if "empty" in failure else 1.0
@@ -119,7 +119,7 @@ def test_failure_leaves_the_weights_and_forgets_the_centroids(failure: str) -> N
     assert update.expert_E is None
     assert torch.equal(gate.weight, before)
     assert gate.weight.isfinite().all()  # the median of an empty cluster would be NaN
-    assert not gate.warm
+    assert not gate.warm and gate.fitted
     gate.config = KMeansConfig(start="spread")  # retried later
     assert gate.update(context_ED, loss_EM).accuracy == 1.0
 
@@ -136,8 +136,10 @@ def test_retries_start_from_other_centroids_within_a_thousandth() -> None:
 def test_warm_start_keeps_the_clusters_names() -> None:
     context_ED, family_E = planted(3, 5, 4)
     gate = router(4, 3, start="spread")
+    assert not gate.fitted
     loss_EM = losses(family_E, torch.tensor([2, 0, 1]))
     gate.update(context_ED, loss_EM)
+    assert gate.fitted
     centroids = gate.centroid_MD.clone()
     gate.update(context_ED + 0.1, loss_EM)
     assert torch.allclose(gate.centroid_MD, centroids + 0.1)

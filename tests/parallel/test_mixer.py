@@ -314,6 +314,21 @@ def test_a_centroid_start_needs_centroids() -> None:
         trainer.adapt(linear(seed=3), steps=1)
 
 
+def test_a_centroid_start_outlasts_a_failed_update() -> None:
+    trainer, unseen = _fitted(), linear(2, 3, seed=5, spread=0.1)
+    trainer.config = trainer.config.model_copy(update={"adaptation_start": "centroid"})
+    before = trainer.adapt(unseen, steps=0)
+    context_E = trainer.environments.context_E
+    trainer.environments.set_contexts(torch.zeros_like(context_E))
+    trainer.update_gate()
+    assert trainer.last_update.reason == "a cluster is empty"
+    router = trainer.model.router
+    assert isinstance(router, KMeansRouter) and not router.warm and router.fitted
+    after = trainer.adapt(unseen, steps=0)
+    assert torch.equal(after.context_E, before.context_E)
+    assert torch.equal(after.expert_E, before.expert_E)
+
+
 def test_a_failed_update_changes_nothing_and_training_goes_on() -> None:
     model = dynamics(2, 4, router={"kind": "kmeans", "start": "origin"})
     trainer = MixerTrainer(model, linear(), QUICK)

@@ -225,7 +225,8 @@ def test_routers_are_those_of_a_fresh_run(
 
 def test_a_mixture_that_stays_keeps_its_router(data: Path, tmp_path: Path) -> None:
     old = config_of(data, {"moe": TOP_2, "dense_layers": [0, 1]})
-    new = config_of(data, {"moe": TOP_2, "dense_layers": [0]})
+    router = {"k": 2, "balance_loss": 0.0}  # a setting that may change
+    new = config_of(data, {"moe": {**TOP_2, "router": router}, "dense_layers": [0]})
     source = save(old, tmp_path / "old")
     before, after = weights_of(source, old), weights_of(grown(source, new, tmp_path / "new"), new)
     kept = "blocks.2.moe.router.weight"
@@ -357,6 +358,18 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...]]] 
         {"moe": TOP_2},
         "copy",
         ("model.untie.qkvo is false", "was true"),
+    ),
+    "a router that goes on, scored otherwise": (
+        {"moe": TOP_2, "dense_layers": [0, 1]},
+        {"moe": {**TOP_2, "router": {"k": 2, "score": "sigmoid"}}, "dense_layers": [0]},
+        "copy",
+        ("router.score is sigmoid", "was softmax", "layer 2 goes on", "set model.moe.router.score"),
+    ),
+    "a router that goes on, scaled otherwise": (
+        {"moe": {**TOP_2, "router": {"k": 2, "scale": 2.5}}, "dense_layers": [0, 1]},
+        {"moe": TOP_2, "dense_layers": [0]},
+        "copy",
+        ("router.scale is 1.0", "was 2.5", "layer 2 goes on"),
     ),
     "a gate less": (
         {"moe": {**TOP_2, "shared": {"hidden": 8}, "shared_gate": True}},

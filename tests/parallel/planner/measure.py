@@ -49,6 +49,8 @@ def config_of(**sections: Any) -> RunConfig:
     tree = {**TREE}
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
+    if tree["model"]["moe"]["router"].get("auxiliary"):
+        tree["stage"] = {"weights": "of another run"}
     return RunConfig.model_validate(tree)
 
 
@@ -126,6 +128,15 @@ def skew_of(rank: int, layout: Layout, load: dict[int, list[int]]) -> float:
     return max(ratios, default=1.0)
 
 
+def moe(router: dict[str, Any]) -> dict[str, Any]:
+    """``TREE``'s experts with another router."""
+    return {**TREE["model"]["moe"], "router": router}
+
+
+FORESEEING = {
+    **TREE["model"],
+    "moe": moe({"kind": "modality", "experts": [4, 4], "auxiliary": True}),
+}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "ep 2": (2, {"parallel": {"ep": 2}}),
@@ -144,6 +155,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "shared depth": (1, {"model": {**TREE["model"], "dense_layers": [], "shared_depth": 2}}),
     "pyramid": (1, {"model": {**TREE["model"], "expert_counts": [4, 8, 16]}}),
     "muon": (1, {"optimizer": {"kind": "muon", "warmup": 1}}),
+    "auxiliary routers": (1, {"model": FORESEEING}),
     "tp 2, muon": (2, {"parallel": {"tp": 2}, "optimizer": {"kind": "muon", "warmup": 1}}),
     "vocabulary 8192": (1, {"model": {**TREE["model"], "vocabulary": 8192}}),
 }

@@ -68,7 +68,7 @@ def saved_by_blocks(config: DecoderConfig, compute: str, axes: Axes = Axes()) ->
     model = Decoder(config, axes).to(dtype)
     initialise(model, 0, residual_branches=4)
     own = SEQUENCE // (axes.tp.size * axes.cp.size)
-    x_BSD = torch.randn(ROWS, own, config.width, dtype=dtype, requires_grad=True)
+    x_BSD = torch.randn(ROWS, own, config.width, dtype=dtype, requires_grad=not config.auxiliary)
     found = []
     for block in model.blocks.values():
         assert isinstance(block, Block)
