@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coterie.launch.report.lines import Record
-from coterie.launch.report.records import Records
+from coterie.launch.report.records import HELD_OUT, Records
 
 POINTS = 800
 """A curve has at most so many."""
@@ -19,14 +19,13 @@ Curve = dict[str, Any]
 def charts(records: Records) -> list[dict[str, Any]]:
     """All charts of the page, in order; those without a point are left out."""
     steps = records.steps
-    held_out = dict.fromkeys(name for record in records.evaluations for name in record)
+    measured = dict.fromkeys(name for record in records.evaluations for name in record)
     losses = [curve("training", steps, "loss")]
     losses += [
-        curve(
-            name.replace("/", " ").replace("held_out loss", "held-out"), records.evaluations, name
-        )
-        for name in held_out
-        if name.startswith("held_out/loss")
+        curve(name.replace(loss, title).replace("/", " "), records.evaluations, name)
+        for loss, title in HELD_OUT.items()
+        for name in measured
+        if name.startswith(loss)
     ]
     router = dict.fromkeys(
         name for record in steps for name in record if name.startswith("router/")

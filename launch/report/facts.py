@@ -7,7 +7,7 @@ from typing import Any
 
 from coterie.launch.config import RunConfig
 from coterie.launch.report.lines import Record
-from coterie.launch.report.records import Records
+from coterie.launch.report.records import HELD_OUT, Records
 from coterie.models.placement import parameter_counts
 
 
@@ -43,13 +43,14 @@ def _cards(config: RunConfig, records: Records) -> list[dict[str, str]]:
     cards = [_card("training loss", last["loss"], f"step {last['step']:,}, nats per token")]
     if records.evaluations:
         held_out = records.evaluations[-1]
+        key = next(name for name in HELD_OUT if name in held_out)
         parts = [
-            f"{name.removeprefix('held_out/loss/')} {value:.3f}"
+            f"{name.removeprefix(f'{key}/')} {value:.3f}"
             for name, value in held_out.items()
-            if name.startswith("held_out/loss/")
+            if name.startswith(f"{key}/")
         ]
         note = ", ".join([f"step {held_out['step']:,}", *parts])
-        cards.append(_card("held-out loss", held_out["held_out/loss"], note))
+        cards.append(_card(f"{HELD_OUT[key]} loss", held_out[key], note))
     rates = [record["tokens_per_second"] for record in records.steps]
     cards.append(
         {

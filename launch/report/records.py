@@ -11,6 +11,11 @@ from coterie.parallel.load import LayerLoad
 from coterie.parallel.monitors.jsonl import FILE, LOAD_FILE
 
 
+HELD_OUT = {"held_out/loss": "held-out", "held_out/non_causal/loss": "non-causal held-out"}
+"""Losses of an evaluation, and what to call them; those by modality have /text and the like behind.
+"""
+
+
 @dataclass(frozen=True)
 class LoadRecord:
     """The load of ``steps`` steps that end with ``step``."""
@@ -69,7 +74,7 @@ def read_records(run_dir: Path) -> Records:
     loads = run_dir / LOAD_FILE
     return Records(
         steps,
-        [line for line in lines if "held_out/loss" in line],
+        [line for line in lines if any(name in line for name in HELD_OUT)],
         [line for line in lines if "layout" in line],
         failures[-1] if failures else None,
         [_load(line) for line in read_lines(loads, check_load)] if loads.exists() else [],

@@ -56,6 +56,7 @@ def record(
     failure: str = "",
     layout: str = "ep 2",
     held_out: float = 4.5,
+    loss: str = "loss",
 ) -> None:
     """What a run writes that goes from one step to another."""
     monitors = [JsonLines(every), LoadLines(COLUMN)]
@@ -64,7 +65,7 @@ def record(
         for step in range(first + 1, until + 1):
             monitor.step(report_of(step, layers))
             if step % 10 == 0:
-                monitor.evaluation(step, {"loss": held_out, "loss/text": held_out + 1})
+                monitor.evaluation(step, {loss: held_out, f"{loss}/text": held_out + 1})
         if failure:
             monitor.failure(until + 1, failure)
         monitor.close()
@@ -277,6 +278,16 @@ def test_a_run_that_was_resumed_and_failed(shown: Path, capsys: pytest.CaptureFi
     assert points(text, "loss") == {"training": 17, "held-out": 1, "held-out text": 1}
     assert len(re.findall('class="resume"', text)) == 2 * 5  # in each chart
     assert cells(text, "experts")[:2] == (4, 4)  # to 5, 10, 12 (cut off), 15 and 17
+
+
+def test_losses_of_a_model_that_is_not_causal_say_so(
+    shown: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(shown, 0, 20, loss="non_causal/loss")
+    text, _ = without_errors(made(capsys))
+    curves = {"training": 20, "non-causal held-out": 2, "non-causal held-out text": 2}
+    assert points(text, "loss") == curves
+    assert "non-causal held-out loss 4.5000 step 20, text 5.500" in words(text)
 
 
 def test_thousands_of_steps_fit(shown: Path, capsys: pytest.CaptureFixture[str]) -> None:
