@@ -25,6 +25,8 @@ from coterie.comm.sequence import (
 from coterie.core.config import Config
 from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.competition import best
+from coterie.moe.routers.config import RouterConfig
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
@@ -71,6 +73,26 @@ class MixtureOfDepthsConfig(Config):
     def loss_names(self) -> tuple[str, ...]:
         """The losses that such blocks return in training."""
         return ("depth_predictor",) if self.foresees else ()
+
+    def check(self, layers: int, router: RouterConfig | None) -> None:
+        """Raise ``ValueError`` when a model of ``layers`` whose experts have ``router`` cannot have
+        such blocks."""
+        if self.first >= layers:
+            raise ValueError(
+                f"mixture_of_depths.first is {self.first}, but layers are 0 to {layers - 1}"
+            )
+        if router is not None and router.carried:
+            raise ValueError(
+                "mixture_of_depths needs moe.router.depth_average false: tokens that skip a block "
+                "have nothing to tell the next router"
+            )
+        capacity = router.capacity_factor if isinstance(router, TopKConfig) else None
+        if self.foresees and capacity is not None:
+            raise ValueError(
+                f"moe.router.capacity_factor is {capacity:g}, but with mixture_of_depths it must "
+                "be null for a model that is causal: how many tokens an expert may have would "
+                "depend on how many later ones pass the block"
+            )
 
     def chooses(self, layer: int) -> bool:
         """Whether block ``layer`` is such a block."""

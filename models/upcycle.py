@@ -15,7 +15,8 @@ import torch
 from coterie.comm.axis import Axes
 from coterie.core.box import Box
 from coterie.core.errors import UserError
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Decoder
 from coterie.moe.routers.modality import ModalityConfig, modality_of_experts
 
 How = Literal["copy", "slice"]

@@ -66,6 +66,11 @@ class BaseRouterConfig(Config):
         return False
 
     @property
+    def carried(self) -> int:
+        """Width R of what the next layer's router takes over for each token; 0: nothing."""
+        return 0
+
+    @property
     def rows_per_token(self) -> float:
         """Experts that a token goes to, on average."""
         raise NotImplementedError(f"{type(self).__name__} must define rows_per_token")

@@ -45,6 +45,10 @@ class MLPConfig(TopKConfig):
             )
         return self
 
+    @property
+    def carried(self) -> int:
+        return self.hidden if self.depth_average else 0
+
     def build(self, width: int, num_experts: int, axes: Axes) -> Router:
         return MLPRouter(width, num_experts, self, axes.data, axes.sequence)
 

@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from coterie.models.decoder import Block, Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Block, Decoder
 from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.models.placement import boxes_of, parameter_counts
 from coterie.moe.tokens import TokenInfo
