@@ -13,11 +13,11 @@ from coterie.comm.sequence import all_context_positions, gather
 from coterie.core.random import fold
 from coterie.models.attention import Attention
 from coterie.models.config import DecoderConfig
-from coterie.models.depths import Depths, Result
+from coterie.models.depths import BlockOutput, Depths
 from coterie.models.untied import Modalities, UntiedFeedForward, block_norm, normed
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
 from coterie.moe.feed_forward import FeedForward
-from coterie.moe.layer import MoELayer
+from coterie.moe.layer import MoELayer, MoEOutput
 from coterie.moe.routers.auxiliary import train_auxiliary_alone
 from coterie.moe.routers.base import Router
 from coterie.moe.stats import LayerStats
@@ -36,6 +36,9 @@ class DecoderOutput(NamedTuple):
     """Router losses by name, summed over layers: this rank's shares, coefficients applied."""
     stats: dict[int, LayerStats]
     """By the number of each mixture-of-experts layer."""
+    foresight: tuple[Tensor, ...]
+    """How well auxiliary routers foresaw each choice that they did not make
+    (:func:`coterie.moe.routers.auxiliary.foresight`)."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,6 @@ class DecoderPart:
     blocks: range
     embedding: bool
     head: bool
-
-
-BlockOutput = tuple[*Result, Tensor | None]
-"""(activations, router losses, statistics, what the router tells the next one)."""
 
 
 class Block(nn.Module):
@@ -127,13 +126,14 @@ class Block(nn.Module):
 
         def inside(
             x_BCD: Tensor, own: TokenInfo, document_BC: Tensor | None, position_BC: Tensor
-        ) -> Result:
+        ) -> BlockOutput:
             passing = modalities
             if modalities is not None:
                 passing = Modalities.of(own, x_BCD.shape[:2], self.modalities, self.tp)
-            return self._layers(x_BCD, own, document_BC, passing, position_BC)[:3]
+            return self._layers(x_BCD, own, document_BC, passing, position_BC)
 
-        return *self.depths(x_BSD, info, document_BS, inside), None
+        chosen: BlockOutput = self.depths(x_BSD, info, document_BS, inside)
+        return chosen
 
     def _layers(
         self,
@@ -151,16 +151,18 @@ class Block(nn.Module):
         normed_BSD = normed(self.feed_forward_norm, x_BSD, own_BS)
         if isinstance(self.feed_forward, UntiedFeedForward):
             assert modalities is not None
-            return x_BSD + self.feed_forward(normed_BSD, modalities), {}, None, state_BSR
+            x_BSD = x_BSD + self.feed_forward(normed_BSD, modalities)
+            return BlockOutput(x_BSD, {}, None, (), state_BSR)
         if self.feed_forward is not None:
-            return x_BSD + self.feed_forward(normed_BSD), {}, None, state_BSR
+            x_BSD = x_BSD + self.feed_forward(normed_BSD)
+            return BlockOutput(x_BSD, {}, None, (), state_BSR)
         assert self.moe is not None
         if info.key_T is not None:
             info = replace(info, key_T=fold(info.key_T, self.layer))
         if state_BSR is not None:
             info = replace(info, router_state_TR=state_BSR.flatten(0, 1))
-        y_BSD, losses, stats, state_BSR = self.moe(normed_BSD, info, entering_BSD)
-        return x_BSD + y_BSD, losses, stats, state_BSR
+        moe: MoEOutput = self.moe(normed_BSD, info, entering_BSD)
+        return BlockOutput(x_BSD + moe.y, moe.losses, moe.stats, moe.foresight, moe.router_state)
 
 
 class Decoder(nn.Module):
@@ -235,12 +237,15 @@ class Decoder(nn.Module):
             modalities = Modalities.of(info, x.shape[:2], self.untie.modalities, self.axes.tp)
         losses: dict[str, Tensor] = {}
         stats: dict[int, LayerStats] = {}
+        foresight: tuple[Tensor, ...] = ()
         for block in cast(Iterable[Block], self.blocks.values()):
-            x, own, seen, state = block(x, info, document_BS, modalities, state)
-            for name, loss in own.items():
+            out: BlockOutput = block(x, info, document_BS, modalities, state)
+            x, state = out.x, out.router_state
+            for name, loss in out.losses.items():
                 losses[name] = losses.get(name, 0.0) + loss
-            if seen is not None:
-                stats[block.layer] = seen
+            if out.stats is not None:
+                stats[block.layer] = out.stats
+            foresight += out.foresight
         if self.head is not None:
             assert self.norm is not None
             x = self.head(self.norm(x))
@@ -248,7 +253,7 @@ class Decoder(nn.Module):
             if state is None:
                 state = x.new_zeros(*x.shape[:-1], self.carried)
             x = torch.cat([x, state], -1)
-        return DecoderOutput(x, losses, stats)
+        return DecoderOutput(x, losses, stats, foresight)
 
     def _documents(self, info: TokenInfo, rows: int) -> Tensor | None:
         """int64 (B, S) of whole sequences, in the order of their positions."""

@@ -18,6 +18,9 @@ class Routing(NamedTuple):
     losses: dict[str, Tensor]
     """Scalars to add to the training loss, each this rank's share, its coefficient applied."""
     stats: RoutingStats
+    foresight: tuple[Tensor, ...] = ()
+    """How well auxiliary routers foresaw the choice, where they did not make it
+    (:func:`coterie.moe.routers.auxiliary.foresight`)."""
 
 
 class Router(nn.Module):

@@ -99,7 +99,7 @@ def test_evaluation_routes_by_them_and_weighs_by_the_main_router(given: dict[str
         score_TE[:, experts] = logits.softmax(-1) if softmax else logits.sigmoid()
     for (t, e), weight in _weights(routing).items():
         assert weight == pytest.approx(float(score_TE[t, e]), rel=1e-12)
-    assert routing.losses == {} and routing.stats.foresight is None
+    assert routing.losses == {} and routing.foresight == ()
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
@@ -119,11 +119,8 @@ def test_training_routes_as_before_without_noise_and_adds_the_loss(given: dict[s
     total = sum(entropy.values())
     assert list(routing.losses) == ["auxiliary"] == list(router.config.loss_names)
     assert float(routing.losses["auxiliary"].detach()) == pytest.approx(total / len(foreseen))
-    seen = routing.stats.foresight
-    assert seen is not None
+    (seen,) = routing.foresight
     assert seen.tolist() == pytest.approx([len(foreseen), right, len(chosen), total])
-    twice = (routing.stats + routing.stats).foresight
-    assert twice is not None and torch.equal(twice, 2 * seen)
 
 
 def test_the_loss_leaves_all_but_the_auxiliary_routers_alone() -> None:
@@ -185,8 +182,7 @@ def test_they_learn_a_choice_that_one_token_tells() -> None:
         optimizer.zero_grad()
         router.train()(x_TD, TokenInfo()).losses["auxiliary"].backward()
         optimizer.step()
-    fresh = router.eval()(randn(512, D, seed=9), TokenInfo(by_choice=True)).stats.foresight
-    assert fresh is not None
+    (fresh,) = router.eval()(randn(512, D, seed=9), TokenInfo(by_choice=True)).foresight
     pairs, right, chosen, _ = fresh.tolist()
     assert right / pairs > 0.93 > 1 - chosen / pairs
 
@@ -245,12 +241,11 @@ def _results(layer: MoELayer, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, ..
     """Output in evaluation; the loss, its gradients and the counts in training."""
     y_TD = layer.eval()(x_TD, info).y.detach()
     output = layer.train()(x_TD, info)
-    losses, stats = output.losses, output.stats
-    losses["auxiliary"].backward()
+    loss, (seen,) = output.losses["auxiliary"], output.foresight
+    loss.backward()
     assert isinstance(layer.router, ExpertChoiceRouter) and layer.router.auxiliary is not None
-    assert stats.foresight is not None
     grads = [p.grad for p in layer.router.auxiliary.parameters()]
-    return (y_TD, losses["auxiliary"].detach(), stats.foresight, *grads)  # type: ignore[return-value]
+    return (y_TD, loss.detach(), seen, *grads)  # type: ignore[return-value]
 
 
 def _on_rank(rank: int, split: list[int]) -> list[tuple[Tensor, ...]]:
