@@ -46,6 +46,11 @@ class MoEConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.router.check(self.experts.count)
+        if self.route_before_attention and not self.router.sees_activations:
+            raise ValueError(
+                f"route_before_attention must be false with router.kind {self.router.kind}, which "
+                "does not look at activations"
+            )
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate needs shared experts, but shared is null")
         if self.shared_mix and self.shared is None:

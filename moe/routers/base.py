@@ -69,6 +69,11 @@ class BaseRouterConfig(Config):
         return False
 
     @property
+    def sees_activations(self) -> bool:
+        """Whether what it does depends on the activations that it is given."""
+        return True
+
+    @property
     def carried(self) -> int:
         """Width R of what the next layer's router takes over for each token; 0: nothing."""
         return 0

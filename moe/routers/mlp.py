@@ -46,6 +46,10 @@ class MLPConfig(TopKConfig):
         return self
 
     @property
+    def weight_sum(self) -> float | None:
+        return None if self.skip else super().weight_sum
+
+    @property
     def carried(self) -> int:
         return self.hidden if self.depth_average else 0
 
