@@ -18,6 +18,8 @@ from tests.launch.stages import (
     write_config,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(
     "router", [{"kind": "expert_choice"}, {"kind": "modality", "experts": [3, 1]}], ids=str

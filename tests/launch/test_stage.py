@@ -25,6 +25,8 @@ from tests.launch.stages import (
     write_config,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -149,7 +151,7 @@ def test_two_processes_say_what_one_says(first: None) -> None:
     assert main([*train, "--run-dir", "one", "--nproc", "1"]) == 0
     subprocess.run(
         [sys.executable, "-m", "coterie.launch", *train, "--run-dir", "two", "parallel.ep=2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )

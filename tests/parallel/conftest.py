@@ -1,10 +1,8 @@
 """One tiny dataset for all tests of the trainer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.parallel.tiny import write_data
 
@@ -16,10 +14,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As ranks have. With more, on a busy machine, the threads of tiny tensors wait for each other
-    many times as long as they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def as_ranks_do(one_thread: None) -> None:
+    """One process computes like each of several."""
