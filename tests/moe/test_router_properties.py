@@ -210,16 +210,16 @@ def permuted_tokens_permute_the_result(name: str, batch: Batch) -> None:
 
 def foresight_adds_up(name: str, batch: Batch) -> None:
     """Over all pairs that are open; nothing is told where auxiliary routers choose."""
-    routing = route(layer_of(name, batch.training), batch)
-    assert (routing.foresight == ()) == (not batch.training)
-    for seen in routing.foresight:
-        pairs, right, chosen, cross_entropy = seen.tolist()
-        sizes = torch.tensor((CHOOSING[name] * 2)[:2])  # by modality
-        assert batch.info.modality_T is not None
-        assert pairs == int(sizes[batch.info.modality_T[routed(batch)]].sum())
-        assert chosen == int(routing.assignment.load_E.sum()) and 0 <= right <= pairs
-        loss = float(routing.losses["auxiliary"].detach())
-        assert loss * pairs == pytest.approx(cross_entropy)
+    assert route(layer_of(name, training=False), batch).foresight == ()
+    routing = route(layer_of(name), batch)
+    (seen,) = routing.foresight
+    pairs, right, chosen, cross_entropy = seen.tolist()
+    sizes = torch.tensor((CHOOSING[name] * 2)[:2])  # by modality
+    assert batch.info.modality_T is not None
+    assert pairs == int(sizes[batch.info.modality_T[routed(batch)]].sum())
+    assert chosen == int(routing.assignment.load_E.sum()) and 0 <= right <= pairs
+    loss = float(routing.losses["auxiliary"].detach())
+    assert loss * pairs == pytest.approx(cross_entropy)
 
 
 def tokens_without_an_expert_give_exact_zeros(name: str, batch: Batch) -> None:
