@@ -48,6 +48,21 @@ class AttentionConfig(Config):
             raise ValueError(f"head_width {self.head_width} must be even for rotary positions")
         return self
 
+    def check(self, width: int) -> None:
+        """Raise ``ValueError`` when a model of ``width`` does not divide into such heads."""
+        if self.head_width is not None:
+            return
+        if width % self.heads:
+            raise ValueError(
+                f"width {width} must be a multiple of attention.heads {self.heads}, "
+                "unless attention.head_width is given"
+            )
+        if width // self.heads % 2:
+            raise ValueError(
+                f"width {width} / attention.heads {self.heads} = {width // self.heads} "
+                "must be even for rotary positions"
+            )
+
     def gate_width(self, head_width: int) -> int:
         """Gates of a token, over all heads of ``head_width``; 0: none."""
         return {None: 0, "head": self.heads, "element": self.heads * head_width}[self.gate]

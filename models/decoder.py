@@ -2,206 +2,28 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple, Self, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.axis import Axes
 from coterie.comm.sequence import all_context_positions, gather
-from coterie.core.config import Config
 from coterie.core.random import fold
-from coterie.models.attention import Attention, AttentionConfig
-from coterie.models.depths import Depths, MixtureOfDepthsConfig, Result
-from coterie.models.untied import Modalities, UntieConfig, UntiedFeedForward, block_norm, normed
+from coterie.models.attention import Attention
+from coterie.models.config import DecoderConfig
+from coterie.models.depths import BlockOutput, Depths
+from coterie.models.untied import Modalities, UntiedFeedForward, block_norm, normed
 from coterie.models.vocabulary import VocabularyEmbedding, VocabularyHead
-from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
-from coterie.moe.layer import MoEConfig, MoELayer
+from coterie.moe.feed_forward import FeedForward
+from coterie.moe.layer import MoELayer, MoEOutput
 from coterie.moe.routers.auxiliary import train_auxiliary_alone
 from coterie.moe.routers.base import Router
-from coterie.moe.routers.mlp import MLPConfig
-from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
 Recompute = Literal["none", "selective", "full"]
-
-
-class DecoderConfig(Config):
-    """A decoder-only transformer."""
-
-    vocabulary: int = Field(ge=2)
-    """Number of token ids."""
-    width: int = Field(ge=1)
-    """Model width D."""
-    layers: int = Field(ge=1)
-    """Number of blocks L."""
-    attention: AttentionConfig
-    """The same in every block."""
-    feed_forward: FeedForwardConfig | None = None
-    """The dense layers' feed-forward; needed when there are dense layers."""
-    moe: MoEConfig | None = None
-    """The mixture-of-experts layers; null: all layers are dense."""
-    dense_layers: tuple[int, ...] = ()
-    """Numbers of the layers, from 0, that are dense although `moe` is given."""
-    expert_counts: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Number of experts of each mixture-of-experts layer, in order (PR-MoE, arXiv 2201.05596, has
-    more in the last ones); null: `moe.experts.count` in all."""
-    shared_depth: int = Field(default=1, ge=1)
-    """So many consecutive blocks share attention and feed-forward (router, experts); each has norms
-    of its own (WideNet, arXiv 2107.11817)."""
-    untie: UntieConfig = UntieConfig()
-    """What has weights of its own for each modality."""
-    mixture_of_depths: MixtureOfDepthsConfig | None = None
-    """Blocks that only some tokens of a sequence pass; null: all tokens pass all blocks."""
-    norm_eps: float = Field(default=1e-6, gt=0)
-    """RMSNorm's epsilon, also in attention."""
-    tie_embeddings: bool = False
-    """Use the embedding's weights as the output layer's."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        heads, head_width = self.attention.heads, self.attention.head_width
-        if head_width is None:
-            if self.width % heads:
-                raise ValueError(
-                    f"width {self.width} must be a multiple of attention.heads {heads}, "
-                    "unless attention.head_width is given"
-                )
-            if self.width // heads % 2:
-                raise ValueError(
-                    f"width {self.width} / attention.heads {heads} = {self.width // heads} "
-                    "must be even for rotary positions"
-                )
-        for layer in self.dense_layers:
-            if not 0 <= layer < self.layers:
-                raise ValueError(f"dense_layers has {layer}; layers are 0 to {self.layers - 1}")
-        self._check_expert_counts()
-        if self.layers % self.shared_depth:
-            raise ValueError(
-                f"layers {self.layers} must be a multiple of shared_depth {self.shared_depth}"
-            )
-        for layer in range(self.layers):
-            if self.is_moe(layer) != self.is_moe(self.first_like(layer)):
-                raise ValueError(
-                    f"dense_layers {list(self.dense_layers)}: of {self.shared_depth} blocks that "
-                    f"share their layers (shared_depth), {self.first_like(layer)} and {layer} "
-                    "are not of the same kind"
-                )
-        if (self.moe is None or self.dense_layers) and self.feed_forward is None:
-            raise ValueError("feed_forward is needed: this model has dense layers")
-        if self.untie.ffn and all(self.is_moe(layer) for layer in range(self.layers)):
-            raise ValueError(
-                "untie.ffn is of dense layers, but all are mixtures of experts: for experts of one "
-                "modality each set moe.router.kind to modality"
-            )
-        self._check_depths()
-        return self
-
-    def _check_depths(self) -> None:
-        depths = self.mixture_of_depths
-        if depths is None:
-            return
-        if depths.first >= self.layers:
-            raise ValueError(
-                f"mixture_of_depths.first is {depths.first}, but layers are 0 to {self.layers - 1}"
-            )
-        if self.carried:
-            raise ValueError(
-                "mixture_of_depths needs moe.router.depth_average false: tokens that skip a block "
-                "have nothing to tell the next router"
-            )
-        router = self.moe.router if self.moe else None
-        capacity = router.capacity_factor if isinstance(router, TopKConfig) else None
-        if depths.foresees and capacity is not None:
-            raise ValueError(
-                f"moe.router.capacity_factor is {capacity:g}, but with mixture_of_depths it must "
-                "be null for a model that is causal: how many tokens an expert may have would "
-                "depend on how many later ones pass the block"
-            )
-
-    def _check_expert_counts(self) -> None:
-        counts = self.expert_counts
-        if counts is None:
-            return
-        if self.moe is None:
-            raise ValueError("expert_counts needs experts, but moe is null")
-        mixtures = [layer for layer in range(self.layers) if self.is_moe(layer)]
-        if len(counts) != len(mixtures):
-            raise ValueError(
-                f"expert_counts names {len(counts)} layers, but {len(mixtures)} of the "
-                f"{self.layers} layers are mixtures of experts"
-            )
-        for layer, count in zip(mixtures, counts, strict=True):
-            self.moe.router.check(count)
-            like = self.first_like(layer)
-            if like in mixtures and counts[mixtures.index(like)] != count:
-                raise ValueError(
-                    f"expert_counts {list(counts)}: layers {like} and {layer} share their experts "
-                    "(shared_depth), but not their number"
-                )
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether ``layer`` is a mixture of experts."""
-        return self.moe is not None and layer not in self.dense_layers
-
-    def depths_of(self, layer: int) -> MixtureOfDepthsConfig | None:
-        """How tokens are chosen that pass ``layer``; None: all do."""
-        depths = self.mixture_of_depths
-        return depths if depths is not None and depths.chooses(layer) else None
-
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """The losses beside the cross-entropy that the model returns in training."""
-        router = self.moe.router.loss_names if self.moe else ()
-        return (*router, *(self.mixture_of_depths.loss_names if self.mixture_of_depths else ()))
-
-    def experts_of(self, layer: int) -> int:
-        """Number of experts of ``layer``; 0: it is dense."""
-        if self.moe is None or not self.is_moe(layer):
-            return 0
-        if self.expert_counts is None:
-            return self.moe.experts.count
-        return self.expert_counts[sum(self.is_moe(before) for before in range(layer))]
-
-    def moe_of(self, layer: int) -> MoEConfig:
-        """Of a mixture of experts, with the number of experts that ``layer`` has."""
-        assert self.moe is not None and self.is_moe(layer)
-        experts = self.moe.experts.model_copy(update={"count": self.experts_of(layer)})
-        return self.moe.model_copy(update={"experts": experts})
-
-    @property
-    def carried(self) -> int:
-        """Width of what routers tell the next layer's about each token; 0: nothing."""
-        router = self.moe.router if self.moe else None
-        return router.hidden if isinstance(router, MLPConfig) and router.depth_average else 0
-
-    def first_like(self, layer: int) -> int:
-        """The first of the blocks that share attention and feed-forward with ``layer``."""
-        return layer - layer % self.shared_depth
-
-    @property
-    def auxiliary(self) -> bool:
-        """Whether auxiliary routers are trained, and they alone."""
-        depths = self.mixture_of_depths
-        return (self.moe is not None and self.moe.router.foresees) or (
-            depths is not None and depths.auxiliary
-        )
-
-    @property
-    def foresees(self) -> bool:
-        """Whether there are auxiliary routers."""
-        depths = self.mixture_of_depths
-        return self.auxiliary or (depths is not None and depths.foresees)
-
-    @property
-    def causal(self) -> bool:
-        """Whether in evaluation a token's logits do not depend on the tokens after it."""
-        depths = self.mixture_of_depths
-        routing = self.moe is None or self.moe.router.causal
-        return routing and (depths is None or depths.causal)
 
 
 class DecoderOutput(NamedTuple):
@@ -214,6 +36,9 @@ class DecoderOutput(NamedTuple):
     """Router losses by name, summed over layers: this rank's shares, coefficients applied."""
     stats: dict[int, LayerStats]
     """By the number of each mixture-of-experts layer."""
+    foresight: tuple[Tensor, ...]
+    """How well auxiliary routers foresaw each choice that they did not make
+    (:func:`coterie.moe.routers.auxiliary.foresight`)."""
 
 
 @dataclass(frozen=True)
@@ -223,10 +48,6 @@ class DecoderPart:
     blocks: range
     embedding: bool
     head: bool
-
-
-BlockOutput = tuple[*Result, Tensor | None]
-"""(activations, router losses, statistics, what the router tells the next one)."""
 
 
 class Block(nn.Module):
@@ -305,13 +126,14 @@ class Block(nn.Module):
 
         def inside(
             x_BCD: Tensor, own: TokenInfo, document_BC: Tensor | None, position_BC: Tensor
-        ) -> Result:
+        ) -> BlockOutput:
             passing = modalities
             if modalities is not None:
                 passing = Modalities.of(own, x_BCD.shape[:2], self.modalities, self.tp)
-            return self._layers(x_BCD, own, document_BC, passing, position_BC)[:3]
+            return self._layers(x_BCD, own, document_BC, passing, position_BC)
 
-        return *self.depths(x_BSD, info, document_BS, inside), None
+        chosen: BlockOutput = self.depths(x_BSD, info, document_BS, inside)
+        return chosen
 
     def _layers(
         self,
@@ -329,16 +151,18 @@ class Block(nn.Module):
         normed_BSD = normed(self.feed_forward_norm, x_BSD, own_BS)
         if isinstance(self.feed_forward, UntiedFeedForward):
             assert modalities is not None
-            return x_BSD + self.feed_forward(normed_BSD, modalities), {}, None, state_BSR
+            x_BSD = x_BSD + self.feed_forward(normed_BSD, modalities)
+            return BlockOutput(x_BSD, {}, None, (), state_BSR)
         if self.feed_forward is not None:
-            return x_BSD + self.feed_forward(normed_BSD), {}, None, state_BSR
+            x_BSD = x_BSD + self.feed_forward(normed_BSD)
+            return BlockOutput(x_BSD, {}, None, (), state_BSR)
         assert self.moe is not None
         if info.key_T is not None:
             info = replace(info, key_T=fold(info.key_T, self.layer))
         if state_BSR is not None:
             info = replace(info, router_state_TR=state_BSR.flatten(0, 1))
-        y_BSD, losses, stats, state_BSR = self.moe(normed_BSD, info, entering_BSD)
-        return x_BSD + y_BSD, losses, stats, state_BSR
+        moe: MoEOutput = self.moe(normed_BSD, info, entering_BSD)
+        return BlockOutput(x_BSD + moe.y, moe.losses, moe.stats, moe.foresight, moe.router_state)
 
 
 class Decoder(nn.Module):
@@ -413,12 +237,15 @@ class Decoder(nn.Module):
             modalities = Modalities.of(info, x.shape[:2], self.untie.modalities, self.axes.tp)
         losses: dict[str, Tensor] = {}
         stats: dict[int, LayerStats] = {}
+        foresight: tuple[Tensor, ...] = ()
         for block in cast(Iterable[Block], self.blocks.values()):
-            x, own, seen, state = block(x, info, document_BS, modalities, state)
-            for name, loss in own.items():
+            out: BlockOutput = block(x, info, document_BS, modalities, state)
+            x, state = out.x, out.router_state
+            for name, loss in out.losses.items():
                 losses[name] = losses.get(name, 0.0) + loss
-            if seen is not None:
-                stats[block.layer] = seen
+            if out.stats is not None:
+                stats[block.layer] = out.stats
+            foresight += out.foresight
         if self.head is not None:
             assert self.norm is not None
             x = self.head(self.norm(x))
@@ -426,7 +253,7 @@ class Decoder(nn.Module):
             if state is None:
                 state = x.new_zeros(*x.shape[:-1], self.carried)
             x = torch.cat([x, state], -1)
-        return DecoderOutput(x, losses, stats)
+        return DecoderOutput(x, losses, stats, foresight)
 
     def _documents(self, info: TokenInfo, rows: int) -> Tensor | None:
         """int64 (B, S) of whole sequences, in the order of their positions."""

@@ -8,7 +8,7 @@ a token alone whether its is one of them; with it evaluation and generation are 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -25,14 +25,32 @@ from coterie.comm.sequence import (
 from coterie.core.config import Config
 from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
 from coterie.moe.routers.competition import best
+from coterie.moe.routers.config import RouterConfig
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.stats import LayerStats
 from coterie.moe.tokens import TokenInfo
 
-Result = tuple[Tensor, dict[str, Tensor], LayerStats | None]
-"""Of a block: activations, router losses, what its experts saw."""
-Inside = Callable[[Tensor, TokenInfo, Tensor | None, Tensor], Result]
+
+class BlockOutput(NamedTuple):
+    """The result of a block."""
+
+    x: Tensor
+    """Activations (B, S, D)."""
+    losses: dict[str, Tensor]
+    """Router losses by name: this rank's shares, coefficients applied."""
+    stats: LayerStats | None
+    """What its experts saw; None: it has none."""
+    foresight: tuple[Tensor, ...]
+    """How well auxiliary routers foresaw each choice that they did not make
+    (:func:`coterie.moe.routers.auxiliary.foresight`)."""
+    router_state: Tensor | None
+    """What the next block's router is to be told (B, S, R)."""
+
+
+Inside = Callable[[Tensor, TokenInfo, Tensor | None, Tensor], BlockOutput]
 """A block's layers: activations, facts of their tokens, documents of whole sequences, and positions
-of context-parallel ranks' tokens (B, C / cp) → its result."""
+of context-parallel ranks' tokens (B, C / cp) → their
+result."""
 
 
 class MixtureOfDepthsConfig(Config):
@@ -72,6 +90,26 @@ class MixtureOfDepthsConfig(Config):
         """The losses that such blocks return in training."""
         return ("depth_predictor",) if self.foresees else ()
 
+    def check(self, layers: int, router: RouterConfig | None) -> None:
+        """Raise ``ValueError`` when a model of ``layers`` whose experts have ``router`` cannot have
+        such blocks."""
+        if self.first >= layers:
+            raise ValueError(
+                f"mixture_of_depths.first is {self.first}, but layers are 0 to {layers - 1}"
+            )
+        if router is not None and router.carried:
+            raise ValueError(
+                "mixture_of_depths needs moe.router.depth_average false: tokens that skip a block "
+                "have nothing to tell the next router"
+            )
+        capacity = router.capacity_factor if isinstance(router, TopKConfig) else None
+        if self.foresees and capacity is not None:
+            raise ValueError(
+                f"moe.router.capacity_factor is {capacity:g}, but with mixture_of_depths it must "
+                "be null for a model that is causal: how many tokens an expert may have would "
+                "depend on how many later ones pass the block"
+            )
+
     def chooses(self, layer: int) -> bool:
         """Whether block ``layer`` is such a block."""
         return layer >= self.first and (layer - self.first) % self.every == 0
@@ -102,7 +140,7 @@ class Depths(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, info: TokenInfo, document_BS: Tensor | None, inside: Inside
-    ) -> Result:
+    ) -> BlockOutput:
         """``x_BSD`` and ``info``: of this rank's tokens; ``document_BS``: of whole sequences."""
         whole = whole_sequences(info, x_BSD, self.axes)
         with torch.autocast(x_BSD.device.type, enabled=False):
@@ -120,18 +158,17 @@ class Depths(nn.Module):
         position_BC = context_part(passing.token_BC, self.axes.cp)
         courier = Courier(passing, x_BSD.shape[1], self.axes)
         taken_BCD = courier.bring(x_BSD)
-        y_BCD, losses, stats = inside(
-            taken_BCD, replace(own, padding_T=~passes_T), document_BS, position_BC
-        )
+        inner = inside(taken_BCD, replace(own, padding_T=~passes_T), document_BS, position_BC)
         gate_BS = score_BS.sigmoid() if self.config.score == "sigmoid" else score_BS
-        result_BSD = courier.add(x_BSD, gate_BS, y_BCD - taken_BCD)
+        result_BSD = courier.add(x_BSD, gate_BS, inner.x - taken_BCD)
+        losses, seen = inner.losses, inner.foresight
         if asked_BS is not None and foretold_BS is None:
             pairs = self._pairs(asked_BS, chosen_BS, info.padding_T)
             if self.training:
                 losses = {**losses, "depth_predictor": foresight_loss(*pairs, self.axes.data)}
             else:
-                stats = _with_foresight(stats, foresight(*pairs))
-        return result_BSD, losses, stats
+                seen = (*seen, foresight(*pairs))
+        return BlockOutput(result_BSD, losses, inner.stats, seen, None)
 
     @torch.no_grad()
     def _chosen(self, score_BS: Tensor, foretold_BS: Tensor | None, whole: TokenInfo) -> Tensor:
@@ -168,23 +205,6 @@ class Depths(nn.Module):
         if padding_T is not None:
             open_BS = ~padding_T.view_as(right_BS)
         return asked_BS, right_BS, open_BS
-
-
-def _with_foresight(stats: LayerStats | None, seen: Tensor) -> LayerStats:
-    """``stats`` of the block's router, if it has one, and how well the block was foreseen."""
-    if stats is None:
-        none = torch.zeros(0, dtype=torch.int64, device=seen.device)
-        return LayerStats(
-            load_E=none,
-            dropped_E=none,
-            tokens=none.sum(),
-            entropy=seen.new_zeros(()),
-            foresight=seen,
-            load_ME=none[None],
-            tokens_M=none,
-            unrouted_M=none,
-        )
-    return replace(stats, foresight=seen if stats.foresight is None else stats.foresight + seen)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import nn
 
 from coterie.comm.axis import Cut
 from coterie.core.box import Box
-from coterie.models.decoder import Block, Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Block, Decoder
 from coterie.models.untied import UNTIED
 from coterie.moe.experts import Experts
 

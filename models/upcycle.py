@@ -14,8 +14,10 @@ import torch
 
 from coterie.comm.axis import Axes
 from coterie.core.box import Box
+from coterie.core.config import Config
 from coterie.core.errors import UserError
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Decoder
 from coterie.moe.routers.modality import ModalityConfig, modality_of_experts
 
 How = Literal["copy", "slice"]
@@ -85,14 +87,13 @@ _ALIKE = (
     "mixture_of_depths",
     "norm_eps",
     "tie_embeddings",
+    "attention",
 )
 
 
 def _check_alike(old: DecoderConfig, new: DecoderConfig) -> None:
     """What has to be the same in both."""
-    pairs = [(key, getattr(old, key), getattr(new, key)) for key in _ALIKE]
-    for key in type(new.attention).model_fields:
-        pairs.append((f"attention.{key}", getattr(old.attention, key), getattr(new.attention, key)))
+    pairs = [pair for key in _ALIKE for pair in _pairs(key, getattr(old, key), getattr(new, key))]
     dense = any(not new.is_moe(layer) for layer in range(new.layers))
     for key in ("qkvo", "norm", *(["ffn"] if dense else [])):  # shared weights may be untied now
         if getattr(old.untie, key):
@@ -107,10 +108,21 @@ def _check_alike(old: DecoderConfig, new: DecoderConfig) -> None:
             )
 
 
+def _pairs(key: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
+    """(key, before, now) of a setting; where both are groups, of each setting in them."""
+    if isinstance(before, Config) and isinstance(now, Config):
+        for name in type(now).model_fields:
+            yield from _pairs(f"{key}.{name}", getattr(before, name), getattr(now, name))
+    else:
+        yield key, before, now
+
+
 def _word(value: object) -> str:
     """As a config's YAML has it."""
     if value is None:
         return "null"
+    if isinstance(value, Config):
+        return "{" + ", ".join(f"{name}: {_word(part)}" for name, part in value) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -263,7 +275,8 @@ def _parts(old: DecoderConfig, new: DecoderConfig, layer: int, how: How) -> int:
     if router.weight_sum is None:
         raise UserError(
             "slices need a router whose weights of a token have a constant sum (top_k with "
-            f"renormalise, random_fixed, hash), but model.moe.router.kind is {router.kind}"
+            "renormalise, mlp with renormalise and without skip, random_fixed, hash), but "
+            f"model.moe.router.kind is {router.kind}"
         )
     if now.count * now.hidden != before.hidden:
         raise UserError(

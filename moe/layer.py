@@ -15,7 +15,7 @@ from coterie.core.config import Config
 from coterie.moe.assignment import sliced
 from coterie.moe.experts import Experts, ExpertsConfig
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
-from coterie.moe.routers.base import Router
+from coterie.moe.routers.base import Router, Routing
 from coterie.moe.routers.config import RouterConfig
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.stats import LayerStats, layer_stats
@@ -46,6 +46,11 @@ class MoEConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.router.check(self.experts.count)
+        if self.route_before_attention and not self.router.sees_activations:
+            raise ValueError(
+                f"route_before_attention must be false with router.kind {self.router.kind}, which "
+                "does not look at activations"
+            )
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate needs shared experts, but shared is null")
         if self.shared_mix and self.shared is None:
@@ -64,6 +69,8 @@ class MoEOutput(NamedTuple):
     stats: LayerStats
     router_state: Tensor | None = None
     """What the next layer's router is to be told, (..., R); see ``Router.state``."""
+    foresight: tuple[Tensor, ...] = ()
+    """The router's; see ``Routing.foresight``."""
 
 
 class MoELayer(nn.Module):
@@ -105,9 +112,9 @@ class MoELayer(nn.Module):
         info = info or TokenInfo()
         state_TR = self.router.state(seen_TD, info)
         told = info if state_TR is None else replace(info, router_state_TR=state_TR)
-        assignment, losses, routed = self.router(seen_TD, told)
-        stats = layer_stats(routed, assignment, info, x_TD.shape[0])
-        assignment = sliced(assignment, self.axes.ep.size, self.axes.etp.size)
+        routing: Routing = self.router(seen_TD, told)
+        stats = layer_stats(routing.stats, routing.assignment, info, x_TD.shape[0])
+        assignment = sliced(routing.assignment, self.axes.ep.size, self.axes.etp.size)
         y_TD = self.experts.over(self.exchange, x_TD, assignment)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
@@ -118,7 +125,7 @@ class MoELayer(nn.Module):
                 y_TD, shared_TD = y_TD * weight_T2[:, :1], shared_TD * weight_T2[:, 1:]
             y_TD = y_TD + shared_TD
         state = None if state_TR is None else state_TR.unflatten(0, x.shape[:-1])
-        return MoEOutput(y_TD.view_as(x), losses, stats, state)
+        return MoEOutput(y_TD.view_as(x), routing.losses, stats, state, routing.foresight)
 
 
 def exchange_over(expert: Axis, max_rows_factor: float | None = None) -> Exchange:

@@ -6,7 +6,7 @@ every router alike, from the rows it decided on and the facts about its tokens
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,16 +27,10 @@ class RoutingStats:
     """int64 scalar: tokens routed (padding excluded)."""
     entropy: Tensor
     """float scalar: sum over tokens of the router's entropy, nats."""
-    foresight: Tensor | None = None
-    """float64 (4,): how well auxiliary routers foresaw the choice
-    (:func:`coterie.moe.routers.auxiliary.foresight`); None: there are none, or they chose."""
 
     def __add__(self, other: Self) -> Self:
-        sums: dict[str, Any] = {}
-        for name in (field.name for field in fields(self)):
-            mine = getattr(self, name)
-            sums[name] = None if mine is None else mine + getattr(other, name)
-        return type(self)(**sums)
+        names = (field.name for field in fields(self))
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +46,7 @@ class LayerStats(RoutingStats):
 
 
 def routing_stats(
-    assignment: Assignment,
-    prob_TE: Tensor,
-    padding_T: Tensor | None,
-    foresight: Tensor | None = None,
+    assignment: Assignment, prob_TE: Tensor, padding_T: Tensor | None
 ) -> RoutingStats:
     """Of a router that drops nothing. ``prob_TE``: each token's probabilities, without gradient."""
     if padding_T is not None:
@@ -68,7 +59,6 @@ def routing_stats(
         dropped_E=torch.zeros_like(assignment.load_E),
         tokens=tokens,
         entropy=torch.special.entr(prob_TE).sum(),
-        foresight=foresight,
     )
 
 

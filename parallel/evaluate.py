@@ -94,9 +94,8 @@ class _Pass:
         self._foresight = sum_over(self._foresight, ranks.everyone)
 
     def _see(self, output: DecoderOutput) -> None:
-        for stats in output.stats.values():
-            if stats.foresight is not None:
-                self._foresight += stats.foresight
+        for seen in output.foresight:
+            self._foresight += seen
 
     def losses(self, prefix: str) -> dict[str, float]:
         total, count = self._losses.tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 from coterie.comm.axis import Axes
 from coterie.core.box import Box
 from coterie.core.digest import pieces
-from coterie.models.decoder import DecoderConfig
+from coterie.models import DecoderConfig
 from coterie.models.initialise import initialise
 from coterie.models.upcycle import Member, Origin
 from coterie.parallel.checkpoint import complete

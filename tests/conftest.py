@@ -1,6 +1,7 @@
 """What every test can count on."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,3 +16,15 @@ def on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """No torchrun or SLURM around the tests."""
     for name in _OUTSIDE:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: on a busy machine more threads wait for each other many times as long as
+    they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

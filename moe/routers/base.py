@@ -18,6 +18,9 @@ class Routing(NamedTuple):
     losses: dict[str, Tensor]
     """Scalars to add to the training loss, each this rank's share, its coefficient applied."""
     stats: RoutingStats
+    foresight: tuple[Tensor, ...] = ()
+    """How well auxiliary routers foresaw the choice, where they did not make it
+    (:func:`coterie.moe.routers.auxiliary.foresight`)."""
 
 
 class Router(nn.Module):
@@ -64,6 +67,16 @@ class BaseRouterConfig(Config):
     def foresees(self) -> bool:
         """Whether it has auxiliary routers, which are trained to foresee its choices."""
         return False
+
+    @property
+    def sees_activations(self) -> bool:
+        """Whether what it does depends on the activations that it is given."""
+        return True
+
+    @property
+    def carried(self) -> int:
+        """Width R of what the next layer's router takes over for each token; 0: nothing."""
+        return 0
 
     @property
     def rows_per_token(self) -> float:

@@ -114,7 +114,7 @@ class ExpertChoiceRouter(Router):
             score_TE, rank_TE = self._scores(logits_TE, open_TE)
             foreseen_TE = self._foreseen(x_TD, group_T)
             losses: dict[str, Tensor] = {}
-            seen: Tensor | None = None
+            seen: tuple[Tensor, ...] = ()
             if foreseen_TE is not None and not (self.training or info.by_choice):
                 chosen_ET = ((foreseen_TE > 0) & open_TE).t()
             else:
@@ -123,7 +123,7 @@ class ExpertChoiceRouter(Router):
                 if foreseen_TE is not None:
                     pairs = (foreseen_TE, chosen_ET.t(), open_TE)
                     losses["auxiliary"] = foresight_loss(*pairs, self.axes.data)
-                    seen = foresight(*pairs)
+                    seen = (foresight(*pairs),)
             expert_A, token_A = chosen_ET.nonzero(as_tuple=True)
             assignment = Assignment(
                 token_A=token_A,
@@ -133,8 +133,8 @@ class ExpertChoiceRouter(Router):
             )
             seen_TE = score_TE.detach().masked_fill(~open_TE, 0.0)
             prob_TE = seen_TE / (seen_TE.sum(-1, keepdim=True) + 1e-20)
-            stats = routing_stats(assignment, prob_TE, info.padding_T, seen)
-        return Routing(assignment, losses, stats)
+            stats = routing_stats(assignment, prob_TE, info.padding_T)
+        return Routing(assignment, losses, stats, seen)
 
     def group_of(self, x_TD: Tensor, info: TokenInfo) -> Tensor:
         """int64 (T,): the group of experts that each token belongs to."""

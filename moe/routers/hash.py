@@ -25,6 +25,10 @@ class HashConfig(TokenChoiceConfig):
     """Of the hash."""
 
     @property
+    def sees_activations(self) -> bool:
+        return False
+
+    @property
     def rows_per_token(self) -> float:
         return self.k
 

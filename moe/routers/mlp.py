@@ -45,6 +45,14 @@ class MLPConfig(TopKConfig):
             )
         return self
 
+    @property
+    def weight_sum(self) -> float | None:
+        return None if self.skip else super().weight_sum
+
+    @property
+    def carried(self) -> int:
+        return self.hidden if self.depth_average else 0
+
     def build(self, width: int, num_experts: int, axes: Axes) -> Router:
         return MLPRouter(width, num_experts, self, axes.data, axes.sequence)
 

@@ -3,6 +3,7 @@ a causal model."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,27 +15,44 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from coterie.launch.load_config import load_config
 from coterie.launch.main import main
-from coterie.parallel.checkpoint import latest, read_manifest
+from tests.launch.stages import (
+    FORESIGHT,
+    LOSSES,
+    NON_CAUSAL,
+    coterie_train,
+    digests,
+    evaluated,
+    write_config,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
-LOSSES = {"loss", "loss/text"}
-NON_CAUSAL = {f"non_causal/{name}" for name in LOSSES}
-FORESIGHT = {f"auxiliary/{name}" for name in ("cross_entropy", "agreement", "always_no")}
 
 
-def write_config(router: dict[str, Any], **sections: Any) -> None:
-    tree = yaml.safe_load(Path("good.yaml").read_text())
-    tree["model"]["moe"]["router"] = router
-    Path("first.yaml").write_text(yaml.safe_dump({**tree, **sections}))
+def train_first() -> None:
+    """A run of experts of two modalities."""
+    prompts = {"batch": 8, "prompts": ["ab"]}
+    write_config("first", {"kind": "modality", "experts": [3, 1]}, evaluation=prompts)
+    assert coterie_train("first.yaml", "--run-dir", "first") == 0
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("copies")
 
 
 @pytest.fixture
-def first(place: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """A run of experts of two modalities."""
-    prompts = {"batch": 8, "prompts": ["ab"]}
-    write_config({"kind": "modality", "experts": [3, 1]}, evaluation=prompts)
-    assert main(["train", "first.yaml", "--run-dir", "first", "--nproc", "1"]) == 0
-    return capfd.readouterr().err
+def first(place: Path, copies: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """That run, trained once for all tests."""
+    if not (copies / "first").exists():
+        train_first()
+        shutil.copytree("first", copies / "first")
+        shutil.copy("first.yaml", copies)
+        capfd.readouterr()
+    else:
+        shutil.copytree(copies / "first", "first")
+        shutil.copy(copies / "first.yaml", "first.yaml")
 
 
 def records(run: str, key: str) -> list[dict[str, Any]]:
@@ -42,16 +60,11 @@ def records(run: str, key: str) -> list[dict[str, Any]]:
     return [record for record in found if key in record]
 
 
-def digests(run: str) -> dict[str, Any]:
-    """What the newest checkpoint holds, by name."""
-    checkpoint = latest(Path(run, "checkpoints"))
-    assert checkpoint is not None
-    return {name: entry.digest for name, entry in read_manifest(checkpoint).tensors.items()}
-
-
 def test_the_first_stage_is_not_causal_and_says_so(
-    first: str, capfd: pytest.CaptureFixture[str]
+    place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    train_first()
+    first = capfd.readouterr().err
     assert "router modality looks at later tokens, so losses are not those of a causal" in first
     assert "evaluation.prompts are not continued" in first
     assert "held-out non_causal/loss" in first and "held-out loss" not in first
@@ -71,8 +84,7 @@ def test_the_first_stage_is_not_causal_and_says_so(
     )
     assert main(["generate", "first", "--prompt", "ab"]) == 2
     assert "cannot generate, which is without later tokens; train aux" in capfd.readouterr().err
-    assert main(["evaluate", "first", "--non-causal", "--json"]) == 0
-    losses = json.loads(capfd.readouterr().out)
+    losses = evaluated("first", capfd, "--non-causal")
     assert losses.keys() == NON_CAUSAL
     assert losses["non_causal/loss"] == pytest.approx(held_out["held_out/non_causal/loss"])
     assert main(["evaluate", "first", "--non-causal"]) == 0
@@ -80,7 +92,7 @@ def test_the_first_stage_is_not_causal_and_says_so(
     assert len(lines) == 2 and all(line.startswith("non_causal/") for line in lines)
 
 
-def test_the_second_stage(first: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_second_stage(first: None, capfd: pytest.CaptureFixture[str]) -> None:
     train = ["train", "first", "--stage", "aux", "--run-dir", "second", "--nproc", "1"]
     assert main([*train, "train.steps=10", "monitor.every=1", "checkpoint.every=5"]) == 0
     told = capfd.readouterr().err
@@ -124,7 +136,7 @@ def test_the_second_stage(first: str, capfd: pytest.CaptureFixture[str]) -> None
     capfd.readouterr()
 
 
-def test_a_resume_before_the_first_checkpoint_starts_from_the_same_weights(first: str) -> None:
+def test_a_resume_before_the_first_checkpoint_starts_from_the_same_weights(first: None) -> None:
     train = ["train", "first", "--stage", "aux", "--nproc", "1", "train.steps=2", "--run-dir"]
     assert main([*train, "one"]) == 0 and main([*train, "two"]) == 0
     for file in Path("two/checkpoints/step_00000002").iterdir():
@@ -134,12 +146,12 @@ def test_a_resume_before_the_first_checkpoint_starts_from_the_same_weights(first
     assert digests("two") == digests("one")
 
 
-def test_two_processes_say_what_one_says(first: str) -> None:
+def test_two_processes_say_what_one_says(first: None) -> None:
     train = ["train", "first", "--stage", "aux", "train.steps=3", "monitor.every=1"]
     assert main([*train, "--run-dir", "one", "--nproc", "1"]) == 0
     subprocess.run(
         [sys.executable, "-m", "coterie.launch", *train, "--run-dir", "two", "parallel.ep=2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )
@@ -164,7 +176,7 @@ def test_two_processes_say_what_one_says(first: str) -> None:
     ],
 )
 def test_mistakes(
-    arguments: list[str], sentence: str, first: str, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], sentence: str, first: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *arguments, "--run-dir", "new", "--nproc", "1"]) == 2
     told = capfd.readouterr().err
@@ -175,7 +187,7 @@ def test_mistakes(
 def test_a_router_that_cannot_be_made_causal_is_named(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_config({"k": 2, "capacity_factor": 1.0, "drop": "score"})
+    write_config("first", {"k": 2, "capacity_factor": 1.0, "drop": "score"})
     assert main(["train", "first.yaml", "--run-dir", "first", "--nproc", "1"]) == 0
     told = capfd.readouterr().err
     assert "router top_k looks at later tokens" in told and "measure it: coterie evaluate" in told
@@ -189,7 +201,7 @@ def test_a_router_that_cannot_be_made_causal_is_named(
     assert "which no auxiliary router can foresee" in capfd.readouterr().err
 
 
-def test_a_stage_may_be_a_file(first: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_may_be_a_file(first: None, capfd: pytest.CaptureFixture[str]) -> None:
     tree = yaml.safe_load(Path("first.yaml").read_text())
     tree["model"]["moe"]["router"]["auxiliary"] = True
     Path("second.yaml").write_text(yaml.safe_dump({**tree, "stage": {"weights": "first"}}))
@@ -200,37 +212,3 @@ def test_a_stage_may_be_a_file(first: str, capfd: pytest.CaptureFixture[str]) ->
     assert "is a run of stage aux itself; go on with it by 'coterie resume second'" in (
         capfd.readouterr().err
     )
-
-
-def test_blocks_that_choose_tokens_are_foreseen_too(
-    place: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tree = yaml.safe_load(Path("good.yaml").read_text())
-    tree["model"]["mixture_of_depths"] = {"capacity": 0.5}
-    Path("first.yaml").write_text(yaml.safe_dump(tree))
-    assert main(["train", "first.yaml", "--run-dir", "one", "--nproc", "1"]) == 0
-    assert main(["evaluate", "one"]) == 2
-    told = capfd.readouterr().err.strip()
-    assert told.endswith(
-        "one: mixture_of_depths looks at later tokens, so its held-out loss is not that of a "
-        "causal model; train auxiliary routers, by 'coterie train one --stage aux', or ask for "
-        "that figure with --non-causal"
-    )
-    router = "model.moe.router={kind: modality, experts: [3, 1]}"
-    assert main(["train", "first.yaml", router, "--run-dir", "two", "--nproc", "1"]) == 0
-    assert main(["evaluate", "two"]) == 2
-    told = capfd.readouterr().err
-    assert "router modality and mixture_of_depths look at later tokens" in told
-    assert main(["train", "two", "--stage", "aux", "--run-dir", "three", "--nproc", "1"]) == 0
-    kept, weights = digests("two"), digests("three")
-    new = {name for name in weights if name.startswith("model.") and name not in kept}
-    kinds = {("router.auxiliary" in name, "depths.predictor" in name) for name in new}
-    assert kinds == {(True, False), (False, True)}
-    assert all(weights[name] == kept[name] for name in kept if name.startswith("model."))
-    capfd.readouterr()
-    assert main(["evaluate", "three", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert main(["evaluate", "two", "--json", "--non-causal"]) == 0
-    before = json.loads(capfd.readouterr().out)
-    assert before == pytest.approx({name: found[name] for name in before})
-    assert main(["generate", "three", "--prompt", "ab", "--length", "3"]) == 0

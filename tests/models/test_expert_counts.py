@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Decoder
 from coterie.models.placement import parameter_counts
 from tests.models.tiny_decoder import config, decoder, tokens
 

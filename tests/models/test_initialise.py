@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from coterie.comm.axis import Axes, Axis
-from coterie.models.decoder import Decoder, DecoderConfig, DecoderPart
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Decoder, DecoderPart
 from coterie.models.initialise import initialise
 from coterie.models.placement import boxes_of
 from tests.models.tiny_decoder import config

@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from coterie.models.decoder import Block, Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Block, Decoder
 from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.models.placement import boxes_of, parameter_counts
 from coterie.moe.tokens import TokenInfo
@@ -126,7 +127,7 @@ def by_loops(
 def test_a_block_by_loops(layer: int, score: str) -> None:
     block = block_of(model({"score": score}), layer).train()
     x_BSD = randn(B, S, WIDTH, seed=1).requires_grad_()
-    ours, losses, stats, _ = block(x_BSD, INFO, DOCUMENT_BS)
+    ours, losses, stats, *_ = block(x_BSD, INFO, DOCUMENT_BS)
     right, passing = by_loops(block, x_BSD, DEPTHS["capacity"], score)
     assert [len(chosen) for chosen in passing] == [4, 3, 1]
     assert error(ours, right) < 1e-13
@@ -349,7 +350,7 @@ def test_in_evaluation_as_many_pass_as_the_predictor_says() -> None:
     assert block.depths is not None and block.depths.predictor is not None
     x_BSD = randn(B, S, WIDTH, seed=13)
     expected_BS = (block.depths.predictor(x_BSD)[..., 0] > 0) & ~PADDING_BS
-    y_BSD, losses, stats, _ = block(x_BSD, INFO, DOCUMENT_BS)
+    y_BSD, losses, stats, *_ = block(x_BSD, INFO, DOCUMENT_BS)
     assert torch.equal((y_BSD != x_BSD).any(-1), expected_BS) and bool(expected_BS.any())
     assert len(set(expected_BS.sum(1).tolist())) == B  # a number of its own for each sequence
     assert int(stats.tokens) == int(expected_BS.sum()) and "depth_predictor" not in losses
@@ -372,13 +373,27 @@ def test_evaluation_by_choice_counts_how_well_it_is_foreseen(layer: int) -> None
     foreseen = block.eval()(x_BSD, INFO, DOCUMENT_BS)
     by_choice = block(x_BSD, replace(INFO, by_choice=True), DOCUMENT_BS)
     assert torch.equal(by_choice[0], chosen[0]) and not torch.equal(foreseen[0], chosen[0])
-    assert foreseen[2] is None or foreseen[2].foresight is None
-    assert by_choice[2] is not None and by_choice[2].foresight is not None
-    pairs, right, members, cross_entropy = by_choice[2].foresight.tolist()
+    assert foreseen.foresight == chosen.foresight == ()
+    assert (by_choice.stats is None) == (block.moe is None)  # a dense layer has nothing to count
+    (seen,) = by_choice.foresight
+    pairs, right, members, cross_entropy = seen.tolist()
     yes_BS, passed_BS = (foreseen[0] != x_BSD).any(-1), (chosen[0] != x_BSD).any(-1)
     assert pairs == int((~PADDING_BS).sum()) and members == int(passed_BS.sum())
     assert right == int((yes_BS == passed_BS)[~PADDING_BS].sum()) < pairs
     assert cross_entropy / pairs == pytest.approx(float(chosen[1]["depth_predictor"]), rel=1e-12)
+
+
+def test_every_choice_that_is_foreseen_is_told_once() -> None:
+    """Of blocks (0 and 2), and of the experts in mixtures (1 and 2), which see who passes."""
+    chosen = {"experts": {"count": 4, "hidden": 6}, "router": {"kind": "expert_choice"}}
+    chosen["router"]["auxiliary"] = True
+    built = model({"auxiliary": True, "capacity": 0.25}, moe=chosen).eval()
+    assert built(tokens(B, S), INFO).foresight == ()
+    out = built(tokens(B, S), replace(INFO, by_choice=True))
+    real, passing = int((~PADDING_BS).sum()), int(out.stats[2].tokens)
+    assert 0 < passing < real and out.stats.keys() == {1, 2}
+    pairs = [int(seen[0]) for seen in out.foresight]
+    assert pairs == [real, 4 * real, 4 * passing, real]
 
 
 def test_a_second_stage_trains_the_predictor_alone() -> None:

@@ -102,6 +102,23 @@ def test_states_choices_weights_and_gradients_are_zayas() -> None:
         assert bool(truth.any()) and error(gradient, truth) < 1e-11
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_weights_have_a_constant_sum_unless_a_token_may_skip(skip: bool) -> None:
+    settings = MLPConfig(
+        k=2, hidden=HIDDEN, renormalise=True, scale=2.0, skip=skip, bias_update=0.1
+    )
+    router, x_TD = MLPRouter(WIDTH, EXPERTS, settings).double(), randn(T, WIDTH, seed=4)
+    randomise(router)
+    assert router.bias is not None
+    with torch.no_grad():
+        router.bias.fill_(-1)  # as skipping has: some tokens do
+    rows = router(x_TD, TokenInfo(router_state_TR=router.state(x_TD, TokenInfo()))).assignment
+    sum_T = dense(rows).sum(1)
+    constant = sum_T[0].expand(T)
+    assert (error(sum_T, constant) < 1e-12) != skip
+    assert settings.weight_sum == (None if skip else pytest.approx(float(constant[0].detach())))
+
+
 def test_in_single_precision_too() -> None:
     router = theirs()[0].float()
     router.balancing_biases = router.balancing_biases.float()

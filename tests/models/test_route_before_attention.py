@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from coterie.models.decoder import Block, Decoder
@@ -61,6 +63,14 @@ def test_a_block_by_loops() -> None:
     assert stats is not None and int(stats.load_E.sum()) == B * S * K
     later, *_ = block_of(model(before=False))(x_BSD, TokenInfo())
     assert error(later, right) > 1e-3
+
+
+def test_a_router_that_sees_nothing_of_it_is_refused() -> None:
+    told = "route_before_attention must be false with router.kind hash, which does not look at"
+    with pytest.raises(ValidationError, match=told):
+        config(moe={**MOE, "router": {"kind": "hash"}})
+    config(moe={**MOE, "router": {"kind": "hash"}, "route_before_attention": False})
+    config(moe={**MOE, "router": {"kind": "random_fixed"}})
 
 
 def test_attention_has_no_say() -> None:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from coterie.models.decoder import DecoderConfig
+from coterie.models import DecoderConfig
 from coterie.models.placement import boxes_of
 from tests.models.tiny_decoder import config, decoder, tokens
 from tests.moe.tiny import error

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from coterie.comm.axis import Axes
-from coterie.models.decoder import Decoder, DecoderConfig, Recompute
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Decoder, Recompute
 from coterie.models.initialise import initialise
 
 VOCABULARY = 23

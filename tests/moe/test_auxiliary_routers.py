@@ -10,55 +10,44 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coterie.comm.axis import Axes, expert_parallel
-from coterie.core.random import fold_in, key
 from coterie.models.initialise import initialise
 from coterie.moe.layer import MoELayer
 from coterie.moe.routers.auxiliary import AuxiliaryRouter, foresight, foresight_loss
-from coterie.moe.routers.base import Routing
 from coterie.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from coterie.moe.routers.modality import ModalityConfig
 from coterie.moe.routers.sinkhorn import SinkhornConfig
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.tokens import TokenInfo
 from tests.distributed import run_ranks
+from tests.moe.choosing import (
+    Config,
+    D,
+    E,
+    T,
+    config_of,
+    info_of,
+    part_of_layer,
+    router_of,
+    weights_of,
+)
 from tests.moe.tiny import error, randn, randomise, tiny_layer
 
-T, D, E = 24, 6, 4
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"score": "sigmoid", "capacity_factor": 2},
     {"kind": "modality", "experts": [1, 3]},
     {"kind": "modality", "experts": [1, 1, 2], "score": "softmax", "noise": False},
 ]
-Config = ExpertChoiceConfig | ModalityConfig
 
 
 def _config(given: dict[str, Any], auxiliary: bool = True) -> Config:
-    kind = ModalityConfig if given.get("kind") == "modality" else ExpertChoiceConfig
-    return kind.model_validate({**given, "auxiliary": auxiliary})
-
-
-def _router(config: Config, seed: int = 0) -> ExpertChoiceRouter:
-    router = config.build(D, E, Axes())
-    assert isinstance(router, ExpertChoiceRouter)
-    randomise(router.double(), seed)
-    return router
+    return config_of(given, auxiliary=auxiliary)
 
 
 def _info(given: dict[str, Any], seed: int) -> TokenInfo:
-    gen = torch.Generator().manual_seed(seed)
-    return TokenInfo(
-        modality_T=torch.randint(0, len(given.get("experts", (E,))), (T,), generator=gen),
-        padding_T=torch.rand(T, generator=gen) < 0.2,
-        key_T=fold_in(torch.full((T,), key("noise")), torch.arange(T)),
-    )
-
-
-def _weights(routing: Routing) -> dict[tuple[int, int], float]:
-    """(token, expert) → weight."""
-    rows = routing.assignment
-    pairs = zip(rows.token_A.tolist(), rows.expert_A.tolist(), strict=True)
-    return dict(zip(pairs, rows.weight_A.tolist(), strict=True))
+    return info_of(seed, modalities=len(given.get("experts", (E,))), padding=0.2)
 
 
 @torch.no_grad()
@@ -85,33 +74,33 @@ def _foreseen(
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_evaluation_routes_by_them_and_weighs_by_the_main_router(given: dict[str, Any]) -> None:
-    router, x_TD, info = _router(_config(given)).eval(), randn(T, D, seed=1), _info(given, 1)
+def test_evaluation_routes_by_them_and_weighs_by_the_mainrouter_of(given: dict[str, Any]) -> None:
+    router, x_TD, info = router_of(_config(given)).eval(), randn(T, D, seed=1), _info(given, 1)
     routing = router(x_TD, info)
     foreseen = _foreseen(router, x_TD, info)
     taken = {pair for pair, probability in foreseen.items() if probability > 0.5}
-    assert _weights(routing).keys() == taken and 0 < len(taken) < len(foreseen)
+    assert weights_of(routing).keys() == taken and 0 < len(taken) < len(foreseen)
     score_TE = torch.zeros(T, E, dtype=torch.float64)
     for group in set(router.groups):
         experts = [e for e in range(E) if router.groups[e] == group]
         logits = (x_TD @ router.weight.detach().t())[:, experts]
         softmax = router.config.score == "softmax"
         score_TE[:, experts] = logits.softmax(-1) if softmax else logits.sigmoid()
-    for (t, e), weight in _weights(routing).items():
+    for (t, e), weight in weights_of(routing).items():
         assert weight == pytest.approx(float(score_TE[t, e]), rel=1e-12)
-    assert routing.losses == {} and routing.stats.foresight is None
+    assert routing.losses == {} and routing.foresight == ()
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
 def test_training_routes_as_before_without_noise_and_adds_the_loss(given: dict[str, Any]) -> None:
-    router, x_TD, info = _router(_config(given)).train(), randn(T, D, seed=2), _info(given, 2)
-    plain = _router(_config(given, auxiliary=False)).eval()
+    router, x_TD, info = router_of(_config(given)).train(), randn(T, D, seed=2), _info(given, 2)
+    plain = router_of(_config(given, auxiliary=False)).eval()
     with torch.no_grad():
         plain.weight.copy_(router.weight)
-    routing, chosen = router(x_TD, info), _weights(plain(x_TD, info))
-    assert _weights(routing) == chosen
+    routing, chosen = router(x_TD, info), weights_of(plain(x_TD, info))
+    assert weights_of(routing) == chosen
     asked = router.eval()(x_TD, replace(info, by_choice=True))
-    assert _weights(asked) == chosen != _weights(router(x_TD, info))
+    assert weights_of(asked) == chosen != weights_of(router(x_TD, info))
 
     foreseen = _foreseen(router, x_TD, info)
     entropy = {p: -math.log(q if p in chosen else 1 - q) for p, q in foreseen.items()}
@@ -119,15 +108,12 @@ def test_training_routes_as_before_without_noise_and_adds_the_loss(given: dict[s
     total = sum(entropy.values())
     assert list(routing.losses) == ["auxiliary"] == list(router.config.loss_names)
     assert float(routing.losses["auxiliary"].detach()) == pytest.approx(total / len(foreseen))
-    seen = routing.stats.foresight
-    assert seen is not None
+    (seen,) = routing.foresight
     assert seen.tolist() == pytest.approx([len(foreseen), right, len(chosen), total])
-    twice = (routing.stats + routing.stats).foresight
-    assert twice is not None and torch.equal(twice, 2 * seen)
 
 
 def test_the_loss_leaves_all_but_the_auxiliary_routers_alone() -> None:
-    router, x_TD = _router(_config(SETTINGS[2])).train(), randn(T, D, seed=3).requires_grad_()
+    router, x_TD = router_of(_config(SETTINGS[2])).train(), randn(T, D, seed=3).requires_grad_()
     router(x_TD, _info(SETTINGS[2], 3)).losses["auxiliary"].backward()
     assert x_TD.grad is None and router.weight.grad is None
     grads = [p.grad for name, p in router.named_parameters() if name.startswith("auxiliary.")]
@@ -135,7 +121,7 @@ def test_the_loss_leaves_all_but_the_auxiliary_routers_alone() -> None:
 
 
 def test_a_modality_without_tokens_keeps_its_auxiliary_router_in_the_graph() -> None:
-    router = _router(_config(SETTINGS[2])).train()
+    router = router_of(_config(SETTINGS[2])).train()
     info = TokenInfo(modality_T=torch.zeros(T, dtype=torch.int64))
     router(randn(T, D, seed=4), info).losses["auxiliary"].backward()
     assert router.auxiliary is not None
@@ -148,12 +134,12 @@ def test_a_modality_without_tokens_keeps_its_auxiliary_router_in_the_graph() -> 
 @pytest.mark.parametrize("length", [1, 7, T - 1])
 def test_a_prefix_is_routed_as_in_the_whole_sequence(given: dict[str, Any], length: int) -> None:
     """Expert choice is not: it fails for some prefix."""
-    router, x_TD, info = _router(_config(given)).eval(), randn(T, D, seed=5), _info(given, 5)
+    router, x_TD, info = router_of(_config(given)).eval(), randn(T, D, seed=5), _info(given, 5)
 
     def same(by_choice: bool, length: int) -> bool:
         asked = replace(info, by_choice=by_choice)
-        whole = _weights(router(x_TD, asked))
-        prefix = _weights(router(x_TD[:length], asked.map(lambda x_T: x_T[:length])))
+        whole = weights_of(router(x_TD, asked))
+        prefix = weights_of(router(x_TD[:length], asked.map(lambda x_T: x_T[:length])))
         return prefix == pytest.approx({p: w for p, w in whole.items() if p[0] < length})
 
     assert same(False, length)
@@ -185,8 +171,7 @@ def test_they_learn_a_choice_that_one_token_tells() -> None:
         optimizer.zero_grad()
         router.train()(x_TD, TokenInfo()).losses["auxiliary"].backward()
         optimizer.step()
-    fresh = router.eval()(randn(512, D, seed=9), TokenInfo(by_choice=True)).stats.foresight
-    assert fresh is not None
+    (fresh,) = router.eval()(randn(512, D, seed=9), TokenInfo(by_choice=True)).foresight
     pairs, right, chosen, _ = fresh.tolist()
     assert right / pairs > 0.93 > 1 - chosen / pairs
 
@@ -229,28 +214,15 @@ def test_routers_say_whether_they_are_causal() -> None:
 # ---- over ranks
 
 
-def _layer(config: Config, axes: Axes) -> MoELayer:
-    """This rank's part of a layer that is the same in every layout."""
-    whole, layer = tiny_layer(config), tiny_layer(config, axes=axes)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            truth = whole.get_parameter(name)
-            if name.startswith("experts."):
-                truth = truth.chunk(axes.ep.size)[axes.ep.rank]
-            parameter.copy_(truth)
-    return layer
-
-
 def _results(layer: MoELayer, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, ...]:
     """Output in evaluation; the loss, its gradients and the counts in training."""
     y_TD = layer.eval()(x_TD, info).y.detach()
     output = layer.train()(x_TD, info)
-    losses, stats = output.losses, output.stats
-    losses["auxiliary"].backward()
+    loss, (seen,) = output.losses["auxiliary"], output.foresight
+    loss.backward()
     assert isinstance(layer.router, ExpertChoiceRouter) and layer.router.auxiliary is not None
-    assert stats.foresight is not None
     grads = [p.grad for p in layer.router.auxiliary.parameters()]
-    return (y_TD, losses["auxiliary"].detach(), stats.foresight, *grads)  # type: ignore[return-value]
+    return (y_TD, loss.detach(), seen, *grads)  # type: ignore[return-value]
 
 
 def _on_rank(rank: int, split: list[int]) -> list[tuple[Tensor, ...]]:
@@ -260,7 +232,7 @@ def _on_rank(rank: int, split: list[int]) -> list[tuple[Tensor, ...]]:
         x_TD, info = randn(T, D, seed=11), _info(given, 11)
         mine = torch.arange(T).split(split)[rank]
         local = info.map(lambda x_T, mine=mine: x_T[mine])
-        found.append(_results(_layer(_config(given), axes), x_TD[mine], local))
+        found.append(_results(part_of_layer(_config(given), axes), x_TD[mine], local))
     return found
 
 
@@ -268,7 +240,9 @@ def _on_rank(rank: int, split: list[int]) -> list[tuple[Tensor, ...]]:
 def test_two_expert_parallel_ranks_equal_one(split: list[int]) -> None:
     parts = run_ranks(2, _on_rank, split)
     for number, given in enumerate(SETTINGS):
-        truth = _results(_layer(_config(given), Axes()), randn(T, D, seed=11), _info(given, 11))
+        truth = _results(
+            part_of_layer(_config(given), Axes()), randn(T, D, seed=11), _info(given, 11)
+        )
         ours = [part[number] for part in parts]
         assert error(torch.cat([one[0] for one in ours]), truth[0]) < 1e-12
         for place in range(1, len(truth)):

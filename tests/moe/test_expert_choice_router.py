@@ -12,15 +12,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.comm.axis import Axes, Axis, expert_parallel
-from coterie.core.random import fold_in, key
 from coterie.moe.layer import MoELayer
 from coterie.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from coterie.moe.routers.modality import ModalityConfig, modality_of_experts
 from coterie.moe.tokens import TokenInfo
 from tests.distributed import run_ranks
+from tests.moe.choosing import (
+    Config,
+    D,
+    E,
+    T,
+    config_of,
+    info_of,
+    keys,
+    part_of_layer,
+    router_of,
+    weights_of,
+)
 from tests.moe.tiny import error, randn, randomise, tiny_layer
 
-T, D, E = 24, 6, 4
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"score": "sigmoid", "capacity_factor": 2},
@@ -29,32 +39,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"kind": "modality", "experts": [2, 2], "score": "softmax", "noise": False},
     {"kind": "modality", "experts": [1, 1, 2], "noise": False, "capacity_factor": 0.9},
 ]
-Config = ExpertChoiceConfig | ModalityConfig
-
-
-def _config(settings: dict[str, Any]) -> Config:
-    kind = ModalityConfig if settings.get("kind") == "modality" else ExpertChoiceConfig
-    return kind.model_validate(settings)
-
-
-def _router(config: Config, seed: int = 0) -> ExpertChoiceRouter:
-    router = config.build(D, E, Axes())
-    assert isinstance(router, ExpertChoiceRouter)
-    randomise(router.double(), seed)
-    return router.eval()
-
-
-def _keys(count: int = T) -> Tensor:
-    return fold_in(torch.full((count,), key("noise")), torch.arange(count))
-
-
-def _info(seed: int, tokens: int = T, padded: bool = True) -> TokenInfo:
-    gen = torch.Generator().manual_seed(seed)
-    return TokenInfo(
-        modality_T=torch.randint(0, 2, (tokens,), generator=gen),
-        padding_T=torch.rand(tokens, generator=gen) < (0.3 if padded else 0.0),
-        key_T=_keys(tokens),
-    )
 
 
 def _by_loops(
@@ -89,8 +73,8 @@ def _by_loops(
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_choices_and_weights_equal_plain_loops(given: dict[str, Any], seed: int) -> None:
-    config = _config(given)
-    router, x_TD, info = _router(config, seed), randn(T, D, seed=seed), _info(seed)
+    config = config_of(given)
+    router, x_TD, info = router_of(config, seed), randn(T, D, seed=seed), info_of(seed)
     routing = router(x_TD, info)
     rows = routing.assignment
     pairs = list(zip(rows.expert_A.tolist(), rows.token_A.tolist(), strict=True))
@@ -105,7 +89,7 @@ def test_choices_and_weights_equal_plain_loops(given: dict[str, Any], seed: int)
 
 def test_rows_are_those_of_a_dense_layer() -> None:
     """Σ k_e is the number of tokens of the modality, where the experts divide it."""
-    router = _router(_config({"kind": "modality", "experts": [2, 2], "noise": False}))
+    router = router_of(config_of({"kind": "modality", "experts": [2, 2], "noise": False}))
     modality_T = torch.tensor([0] * 16 + [1] * 8)
     load_E = router(randn(T, D, seed=1), TokenInfo(modality_T=modality_T)).assignment.load_E
     assert load_E.tolist() == [8, 4, 8, 4]
@@ -120,8 +104,8 @@ def test_rows_are_those_of_a_dense_layer() -> None:
 def test_every_expert_takes_its_share_and_never_padding(
     seed: int, given_: dict[str, Any], tokens: int
 ) -> None:
-    config = _config(given_)
-    router, info = _router(config, seed), _info(seed, tokens)
+    config = config_of(given_)
+    router, info = router_of(config, seed), info_of(seed, tokens)
     assert info.padding_T is not None and info.modality_T is not None
     rows = router(randn(tokens, D, seed=seed), info).assignment
     assert not info.padding_T[rows.token_A].any()
@@ -138,8 +122,8 @@ def test_every_expert_takes_its_share_and_never_padding(
 @given(seed=st.integers(0, 99), given_=st.sampled_from(SETTINGS))
 @settings(max_examples=25, deadline=None)
 def test_permuting_tokens_permutes_the_result(seed: int, given_: dict[str, Any]) -> None:
-    layer = tiny_layer(_config(given_), seed=seed)
-    x_TD, info = randn(T, D, seed=seed), _info(seed)
+    layer = tiny_layer(config_of(given_), seed=seed)
+    x_TD, info = randn(T, D, seed=seed), info_of(seed)
     order = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
     permuted = layer(x_TD[order], info.map(lambda x_T: x_T[order])).y
     assert error(permuted, layer(x_TD, info).y[order]) < 1e-12
@@ -147,8 +131,8 @@ def test_permuting_tokens_permutes_the_result(seed: int, given_: dict[str, Any])
 
 @pytest.mark.parametrize("given", SETTINGS[1:5], ids=str)
 def test_a_token_that_no_expert_takes_gives_exact_zeros(given: dict[str, Any]) -> None:
-    layer = tiny_layer(_config(given))
-    x_TD, info = randn(T, D, seed=2), _info(2)
+    layer = tiny_layer(config_of(given))
+    x_TD, info = randn(T, D, seed=2), info_of(2)
     layer.router.register_forward_hook(lambda _m, _i, found: seen.append(found))
     seen: list[Any] = []
     y_TD = layer(x_TD, info).y
@@ -160,8 +144,8 @@ def test_a_token_that_no_expert_takes_gives_exact_zeros(given: dict[str, Any]) -
 
 def test_images_leave_the_text_alone() -> None:
     """Other image tokens, and the text's result is the same to the last bit."""
-    layer = tiny_layer(_config({"kind": "modality", "experts": [2, 2], "noise": True})).train()
-    info = _info(3)
+    layer = tiny_layer(config_of({"kind": "modality", "experts": [2, 2], "noise": True})).train()
+    info = info_of(3)
     assert info.modality_T is not None
     image_T = info.modality_T == 1
     one_TD = randn(T, D, seed=3)
@@ -172,31 +156,18 @@ def test_images_leave_the_text_alone() -> None:
 
 
 def test_selection_sees_the_future_but_a_sigmoid_weight_does_not() -> None:
-    router = _router(_config({"score": "sigmoid", "capacity_factor": 1}))
+    router = router_of(config_of({"score": "sigmoid", "capacity_factor": 1}))
     x_TD, info = randn(T, D, seed=5), TokenInfo()
-    whole, prefix = (router(x, info).assignment for x in (x_TD, x_TD[: T // 2]))
-    pairs = [
-        set(zip(a.token_A.tolist(), a.expert_A.tolist(), strict=True)) for a in (whole, prefix)
-    ]
-    assert {p for p in pairs[0] if p[0] < T // 2} != pairs[1]
-    weights = [
-        dict(
-            zip(
-                zip(a.token_A.tolist(), a.expert_A.tolist(), strict=True),
-                a.weight_A.tolist(),
-                strict=True,
-            )
-        )
-        for a in (whole, prefix)
-    ]
-    for pair in pairs[0] & pairs[1]:
-        assert weights[0][pair] == pytest.approx(weights[1][pair], rel=1e-14)
+    whole, prefix = (weights_of(router(x, info)) for x in (x_TD, x_TD[: T // 2]))
+    assert {pair for pair in whole if pair[0] < T // 2} != prefix.keys()
+    for pair in whole.keys() & prefix.keys():
+        assert whole[pair] == pytest.approx(prefix[pair], rel=1e-14)
 
 
 @pytest.mark.parametrize("given", [*SETTINGS, {"kind": "modality", "experts": [2, 2]}], ids=str)
 def test_gradients_equal_finite_differences(given: dict[str, Any]) -> None:
-    layer = tiny_layer(_config(given)).train()
-    info = _info(6, tokens=7)
+    layer = tiny_layer(config_of(given)).train()
+    info = info_of(6, tokens=7)
     names = ["router.weight", "experts.w_in_EPFD"]
 
     def run(x_TD: Tensor, *weights: Tensor) -> Tensor:
@@ -210,7 +181,7 @@ def test_gradients_equal_finite_differences(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("missing", [0, 1, None])
 def test_a_modality_without_tokens_stays_in_the_graph(missing: int | None) -> None:
-    layer = tiny_layer(_config({"kind": "modality", "experts": [2, 2]})).train()
+    layer = tiny_layer(config_of({"kind": "modality", "experts": [2, 2]})).train()
     modality_T = torch.full((T,), 1 - (missing or 0))
     padding_T = torch.full((T,), missing is None)
     y_TD = layer(randn(T, D, seed=7), TokenInfo(modality_T=modality_T, padding_T=padding_T)).y
@@ -224,7 +195,7 @@ def test_a_modality_without_tokens_stays_in_the_graph(missing: int | None) -> No
 
 def test_equal_tokens_are_told_apart_by_their_place() -> None:
     """Also where rounding has made them differ a little."""
-    router = _router(_config({"score": "sigmoid"}))
+    router = router_of(config_of({"score": "sigmoid"}))
     x_TD = randn(1, D, seed=8).repeat(T, 1)
     for noise in (0.0, 1e-15):
         rows = router(x_TD + noise * randn(T, D, seed=9), TokenInfo()).assignment
@@ -232,7 +203,7 @@ def test_equal_tokens_are_told_apart_by_their_place() -> None:
 
 
 def test_scores_that_saturate_or_underflow_still_rank() -> None:
-    router = _router(_config({"score": "sigmoid"}))
+    router = router_of(config_of({"score": "sigmoid"}))
     with torch.no_grad():
         router.weight.copy_(torch.eye(E, D))
     x_TD = torch.zeros(T, D, dtype=torch.float64)
@@ -248,7 +219,7 @@ def test_noise_is_that_of_two_gumbels_in_training_alone() -> None:
     router = ExpertChoiceConfig(score="sigmoid", noise=True).build(D, E, Axes()).double()
     assert isinstance(router, ExpertChoiceRouter)
     randomise(router)
-    x_TD, info = torch.zeros(count, D, dtype=torch.float64), TokenInfo(key_T=_keys(count))
+    x_TD, info = torch.zeros(count, D, dtype=torch.float64), TokenInfo(key_T=keys(count))
     noise = router.train()._logits(x_TD, info).detach()
     gumbel = [
         -(-torch.rand(count * E, generator=torch.Generator().manual_seed(s)).log()).log()
@@ -260,7 +231,7 @@ def test_noise_is_that_of_two_gumbels_in_training_alone() -> None:
     torch.testing.assert_close(*quantiles, rtol=0.05, atol=0.05)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 3, rel=0.03)
     assert abs(float(torch.corrcoef(noise.t())[0, 1])) < 0.03
-    part = router._logits(x_TD[5:9], TokenInfo(key_T=_keys(count)[5:9]))
+    part = router._logits(x_TD[5:9], TokenInfo(key_T=keys(count)[5:9]))
     assert torch.equal(part, noise[5:9])
     assert not router.eval()._logits(x_TD, info).any()
     assert not router.train()._logits(x_TD, TokenInfo()).any()
@@ -287,19 +258,19 @@ def test_modalities_are_spread_over_ranks(experts: list[int], ranks: int) -> Non
 
 def test_mistakes_are_named() -> None:
     x_TD = randn(T, D, seed=1)
-    router = _router(_config({"kind": "modality", "experts": [2, 2]}))
+    router = router_of(config_of({"kind": "modality", "experts": [2, 2]}))
     with pytest.raises(ValueError, match="needs the modality_T"):
         router(x_TD, TokenInfo())
     with pytest.raises(ValueError, match="modality 2, but there are experts of 2 only"):
         router(x_TD, TokenInfo(modality_T=torch.full((T,), 2)))
     with pytest.raises(ValueError, match=r"\[2, 3\] add up to 5, but experts.count is 4"):
-        _config({"kind": "modality", "experts": [2, 3]}).check(4)
+        config_of({"kind": "modality", "experts": [2, 3]}).check(4)
     with pytest.raises(ValueError, match="capacity_factor 5 exceeds the 4 experts"):
-        _config({"capacity_factor": 5}).check(4)
+        config_of({"capacity_factor": 5}).check(4)
     with pytest.raises(ValueError, match="this router has no k"):
         router(x_TD, TokenInfo(modality_T=torch.zeros(T), k=2))
     with pytest.raises(ValueError, match="noise needs score sigmoid"):
-        _config({"noise": True})
+        config_of({"noise": True})
 
 
 # ---- over ranks
@@ -313,24 +284,11 @@ def _micro_batch(seed: int) -> tuple[Tensor, TokenInfo]:
     """Tokens of 8 sequences, of which some are the same in several sequences."""
     x_BSD = randn(ROWS, LENGTH, D, seed=seed)
     x_BSD[:, 0] = x_BSD[0, 0]
-    info = replace(_info(seed, ROWS * LENGTH), key_T=_keys(ROWS * LENGTH))
+    info = replace(info_of(seed, ROWS * LENGTH), key_T=keys(ROWS * LENGTH))
     position_BS = torch.arange(LENGTH).expand(ROWS, LENGTH)
     sequence_BS = torch.arange(ROWS)[:, None].expand(ROWS, LENGTH)
     info = replace(info, position_T=position_BS.flatten(), sequence_T=sequence_BS.flatten())
     return x_BSD.view(-1, D), info
-
-
-def _layer(config: Config, axes: Axes) -> MoELayer:
-    """This rank's part of a layer that is the same in every layout."""
-    whole = tiny_layer(config)
-    layer = tiny_layer(config, axes=axes).train()
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            truth = whole.get_parameter(name)
-            if name.startswith("experts."):
-                truth = truth.chunk(axes.ep.size)[axes.ep.rank]
-            parameter.copy_(truth)
-    return layer
 
 
 def _results(layer: MoELayer, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, ...]:
@@ -346,7 +304,7 @@ def _on_rank(rank: int, world: int, part_of: str) -> list[tuple[Tensor, ...]]:
     found = []
     group = dist.group.WORLD
     for number, settings_ in enumerate(OVER_RANKS):
-        config = _config(settings_)
+        config = config_of(settings_)
         axes = expert_parallel(group)
         x_TD, info = _micro_batch(number)
         place_BS = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
@@ -359,7 +317,7 @@ def _on_rank(rank: int, world: int, part_of: str) -> list[tuple[Tensor, ...]]:
         if part_of == "batch":
             assert local.sequence_T is not None
             local = replace(local, sequence_T=local.sequence_T - local.sequence_T.min())
-        found.append((mine, *_results(_layer(config, axes), x_TD[mine], local)))
+        found.append((mine, *_results(part_of_layer(config, axes), x_TD[mine], local)))
     return found
 
 
@@ -367,8 +325,8 @@ def _on_rank(rank: int, world: int, part_of: str) -> list[tuple[Tensor, ...]]:
 def test_global_scope_is_one_process(world: int, part_of: str) -> None:
     parts = run_ranks(world, _on_rank, world, part_of)
     for number, settings_ in enumerate(OVER_RANKS):
-        config = _config(settings_)
-        truth = _results(_layer(config, Axes()), *_micro_batch(number))
+        config = config_of(settings_)
+        truth = _results(part_of_layer(config, Axes()), *_micro_batch(number))
         mine = torch.cat([part[number][0] for part in parts])
         for place in (1, 2):  # y and dx
             ours = torch.empty_like(truth[place - 1])
@@ -382,7 +340,7 @@ def _own_rank(rank: int, tokens: list[int]) -> Tensor:
     """Each rank for itself, then all together."""
     x_TD = randn(sum(tokens), D, seed=1).split(tokens)[rank]
     layers = (
-        _layer(_config({"scope": scope}), expert_parallel(dist.group.WORLD))
+        part_of_layer(config_of({"scope": scope}), expert_parallel(dist.group.WORLD))
         for scope in ("rank", "global")
     )
     return torch.stack([layer(x_TD).y.detach() for layer in layers])
@@ -391,7 +349,7 @@ def _own_rank(rank: int, tokens: list[int]) -> Tensor:
 @pytest.mark.parametrize("tokens", [[9, 5], [0, 7]], ids=str)
 def test_scope_rank_is_each_rank_alone_and_ranks_may_differ_in_tokens(tokens: list[int]) -> None:
     own, all_ = torch.cat(run_ranks(2, _own_rank, tokens), 1).unbind()
-    layer = _layer(_config({}), Axes())
+    layer = part_of_layer(config_of({}), Axes())
     x_TD = randn(sum(tokens), D, seed=1)
     alone = torch.cat([layer(part).y for part in x_TD.split(tokens)])
     assert error(own, alone) < 1e-12

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.attention import AttentionConfig
-from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.models.config import DecoderConfig
+from coterie.models.decoder import Decoder
 from coterie.moe.experts import ExpertsConfig
 from coterie.moe.feed_forward import FeedForwardConfig
 from coterie.moe.layer import MoEConfig, MoELayer

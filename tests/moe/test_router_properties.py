@@ -44,13 +44,18 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert_choice": {"kind": "expert_choice", "capacity_factor": 1.5},
     "noisy expert_choice": {"kind": "expert_choice", "score": "sigmoid", "noise": True},
     "modality": {"kind": "modality", "experts": [4, 2], "capacity_factor": 1.2},
+    "foreseen expert_choice": {"kind": "expert_choice", "score": "sigmoid", "auxiliary": True},
+    "foreseen modality": {"kind": "modality", "experts": [4, 2], "auxiliary": True},
 }
 DROPPING = ("first come", "best come")
 NORMALISED = {"top_k": 1.5, "deepseek": 2.5, "random_fixed": 2.0, "hash": 1.0}
 """Combine weights of a token add up to this."""
-CHOOSING = {"expert_choice": [E], "noisy expert_choice": [E], "modality": [4, 2]}
+CHOOSING = {
+    name: router.get("experts", [E])
+    for name, router in ROUTERS.items()
+    if router["kind"] in ("expert_choice", "modality")
+}
 """Experts choose, so many in each group."""
-FACTORS = {"expert_choice": 1.5, "noisy expert_choice": 1.0, "modality": 1.2}
 
 some = settings(max_examples=10, deadline=None, derandomize=True)
 
@@ -151,13 +156,15 @@ def choices_are_rows_or_dropped(name: str, batch: Batch) -> None:
 
 
 def experts_that_choose_have_their_share(name: str, batch: Batch) -> None:
-    modality_T = batch.info.modality_T
-    load_E = route(layer_of(name, batch.training), batch).assignment.load_E
+    """Also with auxiliary routers, but where these choose."""
+    modality_T, factor = batch.info.modality_T, ROUTERS[name].get("capacity_factor", 1.0)
+    asked = batch._replace(info=replace(batch.info, by_choice=True))
+    load_E = route(layer_of(name, batch.training), asked).assignment.load_E
     loads = []
     for group, experts in enumerate(CHOOSING[name]):
         own_T = routed(batch) & ((modality_T == group) | (len(CHOOSING[name]) == 1))
         tokens = int(own_T.sum())
-        share = math.floor(FACTORS[name] * tokens / experts + 1e-9)
+        share = math.floor(factor * tokens / experts + 1e-9)
         loads += [min(max(1, share), tokens)] * experts
     assert sorted(load_E.tolist()) == sorted(loads)
 
@@ -175,13 +182,14 @@ def rows_stay_within_capacity(name: str, batch: Batch) -> None:
 
 
 def weights_add_up(name: str, batch: Batch) -> None:
-    tokens = len(batch.x_TD)
+    tokens, config = len(batch.x_TD), layer_of(name).router.config
+    assert name in DROPPING or config.weight_sum == NORMALISED.get(name)
     sum_T = dense(route(layer_of(name, batch.training), batch), tokens).sum(1)
     if name in NORMALISED:
         truth_T = routed(batch).double() * NORMALISED[name]
         assert error(sum_T, truth_T) < LIMIT
     elif ROUTERS[name].get("score", "softmax") == "softmax" and "top-1" not in name:
-        at_most = 1.0 if name != "modality" else E
+        at_most = E if "modality" in name else 1.0
         assert bool((sum_T <= at_most + LIMIT).all())
     assert not sum_T[~routed(batch)].any()
 
@@ -198,6 +206,20 @@ def permuted_tokens_permute_the_result(name: str, batch: Batch) -> None:
         assert torch.equal(ours.stats.load_E, truth.stats.load_E)
         for loss, value in truth.losses.items():
             assert error(ours.losses[loss], value) < LIMIT
+
+
+def foresight_adds_up(name: str, batch: Batch) -> None:
+    """Over all pairs that are open; nothing is told where auxiliary routers choose."""
+    assert route(layer_of(name, training=False), batch).foresight == ()
+    routing = route(layer_of(name), batch)
+    (seen,) = routing.foresight
+    pairs, right, chosen, cross_entropy = seen.tolist()
+    sizes = torch.tensor((CHOOSING[name] * 2)[:2])  # by modality
+    assert batch.info.modality_T is not None
+    assert pairs == int(sizes[batch.info.modality_T[routed(batch)]].sum())
+    assert chosen == int(routing.assignment.load_E.sum()) and 0 <= right <= pairs
+    loss = float(routing.losses["auxiliary"].detach())
+    assert loss * pairs == pytest.approx(cross_entropy)
 
 
 def tokens_without_an_expert_give_exact_zeros(name: str, batch: Batch) -> None:
@@ -225,6 +247,9 @@ test_permuted_tokens_permute_the_result = property_test(
     # who comes first to a full expert depends on the order
     [name for name in ROUTERS if name != "first come"],
 )
+test_foresight_adds_up = property_test(
+    foresight_adds_up, [name for name in CHOOSING if "foreseen" in name]
+)
 test_tokens_without_an_expert_give_exact_zeros = property_test(
     tokens_without_an_expert_give_exact_zeros
 )
@@ -234,15 +259,24 @@ test_tokens_without_an_expert_give_exact_zeros = property_test(
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(batch=batches(most=8))
 def test_gradients_equal_finite_differences(name: str, batch: Batch) -> None:
-    """Of the layer's output and the router's losses, to the input and every parameter."""
+    """Of the layer's output and the router's losses, to the input and every parameter; of auxiliary
+    routers' loss to theirs alone, where it ends."""
     layer = layer_of(name)
     leaves = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    own = {n: p for n, p in leaves.items() if ".auxiliary." in n}
 
     def outputs(x_TD: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         out = torch.func.functional_call(
             layer, dict(zip(leaves, values, strict=True)), (x_TD, batch.info)
         )
-        return (out.y, *out.losses.values())
+        return (out.y, *(loss for key, loss in out.losses.items() if key != "auxiliary"))
+
+    def auxiliary(*values: Tensor) -> Tensor:
+        given = (batch.x_TD, batch.info)
+        out = torch.func.functional_call(layer, dict(zip(own, values, strict=True)), given)
+        return out.losses["auxiliary"]
 
     inputs = (batch.x_TD.clone().requires_grad_(), *leaves.values())
     assert torch.autograd.gradcheck(outputs, inputs, fast_mode=True)
+    if own:
+        assert torch.autograd.gradcheck(auxiliary, tuple(own.values()), fast_mode=True)

@@ -1,7 +1,6 @@
 """Auxiliary routers are trained alone, with the same numbers in every layout, also after a resume;
 with them routing is causal, without them it is not."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,18 @@ from torch import Tensor
 from coterie.launch.config import RunConfig
 from coterie.models import Decoder
 from coterie.moe.tokens import TokenInfo
-from coterie.parallel.distributed import Ranks, make_groups
-from coterie.parallel.rules import layout_of
+from coterie.parallel.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.parallel.tiny import (
     ALONE,
     VOCABULARY,
-    Recorder,
     bits_differ,
-    checkpointer_of,
     decoder_of,
     model_of,
     tiny_config,
-    trainer_of,
     weights,
 )
+from tests.parallel.whole_runs import Found, check_close, on_ranks, router_config, run
 
 STEPS, HALF = 4, 2
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -53,62 +49,32 @@ EVALUATED = {
 def config_of(
     data: Path, router: str, parallel: dict[str, Any] | None = None, auxiliary: bool = True
 ) -> RunConfig:
-    config = tiny_config(
-        data,
-        train={"steps": STEPS, "recompute": "full" if parallel else "none"},
-        checkpoint={"every": HALF},
-        optimizer={"warmup": 1, "lr": 1e-2, "decay": "linear", "clip": 1e-3},
-        parallel=parallel or {},
-    )
-    tree = config.model_dump(mode="json")
-    tree["model"]["attention"]["kv_heads"] = 2
-    tree["model"]["moe"]["router"] = {**ROUTERS[router], "auxiliary": auxiliary}
-    if auxiliary:
-        tree["stage"] = {"weights": "another run"}
-    return RunConfig.model_validate(tree)
+    optimizer = {"warmup": 1, "lr": 1e-2, "decay": "linear", "clip": 1e-3}
+    settings = {**ROUTERS[router], "auxiliary": auxiliary}
+    stage = {"stage": {"weights": "another run"}} if auxiliary else {}
+    return router_config(data, settings, STEPS, HALF, parallel, optimizer=optimizer, **stage)
 
 
-Found = tuple[list[dict[str, Any]], dict[str, float], list[str]]
-
-
-def run(config: RunConfig, ranks: Ranks, folder: Path, checkpoint: Path | None = None) -> Found:
-    """Reports, held-out figures, and the names of this rank's parameters that training changed."""
-    recorder = Recorder()
-    with checkpointer_of(config, folder, ranks) as checkpointer:
-        trainer = trainer_of(config, ranks, checkpointer, [recorder])
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        before = weights(trainer.model)
-        outcome = trainer.run(folder)
-        return recorder.reports, outcome.metrics, bits_differ(weights(trainer.model), before)
-
-
-def on_ranks(
-    rank: int, configs: dict[str, RunConfig], folder: Path, alone: Path
-) -> dict[str, list[Found]]:
-    """By router: a whole run, and one from the middle of a run in one process."""
-    some = next(iter(configs.values()))
-    layout = layout_of(some.parallel, 4, some.model)
-    ranks = make_groups(layout, torch.device("cpu"), timedelta(seconds=60))
-    found = {}
-    for router, config in configs.items():
-        middle = alone / router / "checkpoints" / f"step_{HALF:08d}"
-        found[router] = [
-            run(config, ranks, folder / router / "whole"),
-            run(config, ranks, folder / router / "resumed", middle),
-        ]
-    return found
+def observe(
+    config: RunConfig, trainer: Trainer, folder: Path
+) -> tuple[dict[str, float], list[str]]:
+    """Held-out figures, and the names of this rank's parameters that training changed."""
+    before = weights(trainer.model)
+    outcome = trainer.run(folder)
+    return outcome.metrics, bits_differ(weights(trainer.model), before)
 
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
     """Runs in one process, and their folder."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, {name: run(config_of(data, name), ALONE, folder / name) for name in ROUTERS}
+    return folder, {
+        name: run(config_of(data, name), ALONE, folder / name, observe) for name in ROUTERS
+    }
 
 
 def test_auxiliary_routers_learn_and_all_else_stays(alone: tuple[Path, dict[str, Found]]) -> None:
-    for reports, metrics, changed in alone[1].values():
+    for reports, (metrics, changed) in alone[1].values():
         assert changed and all(".router.auxiliary." in name for name in changed)
         losses = [report["router_losses"]["auxiliary"] for report in reports]
         assert losses[-1] < losses[0]
@@ -124,7 +90,7 @@ def test_routers_that_change_themselves_stay_too(
     tree = config_of(data, "modality").model_dump(mode="json")
     tree["model"]["moe"]["router"] = router
     tree["model"]["mixture_of_depths"] = {"capacity": 0.5, "auxiliary": True}
-    reports, _, changed = run(RunConfig.model_validate(tree), ALONE, tmp_path)
+    reports, (_, changed) = run(RunConfig.model_validate(tree), ALONE, tmp_path, observe)
     assert changed and all(".depths.predictor." in name for name in changed)
     routed = {sum(report["load"][layer]) for report in reports for layer in report["load"]}
     assert min(routed) > 0
@@ -136,20 +102,15 @@ def test_numbers_of_one_process(
 ) -> None:
     folder, truths = alone
     configs = {router: config_of(data, router, LAYOUTS[layout]) for router in truths}
-    results = run_ranks(4, on_ranks, configs, tmp_path, folder, timeout=180)
-    for router, (truth, losses, _) in truths.items():
+    results = run_ranks(4, on_ranks, configs, observe, tmp_path, folder, ROUTERS, timeout=180)
+    for router, (truth, (losses, _)) in truths.items():
         for found in results:
             for ours, right in zip(found[router], (truth, truth[HALF:]), strict=True):
-                reports, metrics, changed = ours
-                assert len(reports) == len(right)
-                for mine, other in zip(reports, right, strict=True):
-                    assert mine["load"] == other["load"]
-                    for name in ("loss", "grad_norm"):
-                        assert mine[name] == pytest.approx(other[name], rel=1e-9), name
-                    assert mine["router_losses"] == pytest.approx(other["router_losses"], rel=1e-9)
+                reports, (metrics, changed) = ours
+                check_close(reports, right)
                 assert metrics == pytest.approx(losses, rel=1e-9)
                 assert all(".router.auxiliary." in name for name in changed)
-        assert any(found[router][0][2] for found in results)
+        assert any(found[router][0][1][1] for found in results)
 
 
 def _logits(model: Decoder, tokens_BS: Tensor, by_choice: bool) -> Tensor:

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from coterie.launch.config import RunConfig
-from coterie.launch.placement import boxes_of_rank
 from coterie.moe.tokens import TokenInfo
 from coterie.parallel.evaluate import evaluate
 from coterie.parallel.forward import whole_logits
-from coterie.parallel.optimizer import Optimizer
-from coterie.parallel.part import Part
-from coterie.parallel.run_state import model_parts, optimizer_parts
-from coterie.parallel.step import StepSettings, train_step
+from coterie.parallel.model import ParallelModel
+from coterie.parallel.step import StepReport
 from tests.conformance.worker import ranks_of
 from tests.distributed import run_ranks
+from tests.parallel.in_layouts import SETTINGS, STEPS, Trained, check_equal, trained
 from tests.parallel.tiny import held_out_of, model_of, relative_error, sampler_of, tiny_config
 
 ATTENTION = {"heads": 4, "kv_heads": 4, "qk_norm": True, "within_documents": True}
@@ -53,15 +51,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp tp etp": (4, {"pp": 2, "tp": 2, "etp": 2}),
 }
 RECOMPUTED = ("tp cp ep", "shard")
-STEPS, LENGTH = 2, 13
+LENGTH = 13
 
 
 def config_of(data: Path, model: str, layout: str | None = None) -> RunConfig:
-    settings = {"eps": 1e-3, "warmup": 0}  # far from zero, where the root turns rounding into steps
     return tiny_config(
         data,
         model=MODELS[model],
-        optimizer=settings,
+        optimizer=SETTINGS,
         parallel=LAYOUTS[layout][1] if layout else {},
         train={
             "steps": STEPS,
@@ -79,39 +76,21 @@ def through(padding_BS: Tensor, capacity: float) -> int:
     return sum(max(1, int(capacity * n + 1e-9)) for n in (~padding_BS).sum(1).tolist())
 
 
-Found = tuple[list[Any], dict[str, float], Tensor, dict[str, Part]]
-
-
-def run(config: RunConfig, world: int) -> Found:
-    """The numbers of each step; held-out losses; the logits of a few tokens; this rank's parts of
-    weights and moments."""
-    ranks = ranks_of(config, world)
-    model = model_of(config, ranks)
-    with torch.no_grad():
-        for name, parameter in model.named():
-            if "depths" in name:
-                parameter.mul_(20)
-    optimizer = Optimizer(model, config.optimizer)
+def those_that_pass_are_counted(config: RunConfig, step: int, report: StepReport) -> None:
+    depths, moe = config.model.mixture_of_depths, config.model.moe
+    assert depths is not None and moe is not None
+    if moe.router.kind != "top_k":
+        return
     sampler, micros = sampler_of(config), config.train.accumulation
-    settings = StepSettings("fp64", 1.0, config.train.seed)
-    depths = config.model.mixture_of_depths
-    assert depths is not None
-    seen: list[Any] = []
-    for step in range(STEPS):
-        batches = [
-            sampler.batch(step, micro, micros, ranks.place.dp, ranks.layout.dp)
-            for micro in range(micros)
-        ]
-        report = train_step(model, optimizer, batches, step + 1, settings)
-        everyone = [sampler.batch(step, micro, micros, 0, 1) for micro in range(micros)]
-        passing = sum(through(batch.padding_BS, depths.capacity) for batch in everyone)
-        if config.model.moe.router.kind == "top_k":
-            for layer, rows in report.load.items():
-                tokens = passing if depths.chooses(layer) else report.tokens
-                assert sum(rows) + report.dropped[layer] == tokens * 2, layer
-        losses = [report.loss, report.grad_norm, *report.router_losses.values()]
-        seen.append((losses, report.load, report.dropped))
-    held_out = evaluate(model, held_out_of(config), "fp64", 4)
+    everyone = [sampler.batch(step, micro, micros, 0, 1) for micro in range(micros)]
+    passing = sum(through(batch.padding_BS, depths.capacity) for batch in everyone)
+    for layer, rows in report.load.items():
+        tokens = passing if depths.chooses(layer) else report.tokens
+        assert sum(rows) + report.dropped[layer] == tokens * 2, layer
+
+
+def prompted(model: ParallelModel) -> Tensor:
+    """Logits of a few tokens, in evaluation."""
     model.eval()
     tokens_BS = torch.arange(2 * LENGTH).view(2, LENGTH) + 90
     info = TokenInfo(
@@ -120,40 +99,45 @@ def run(config: RunConfig, world: int) -> Found:
         sequence_T=torch.arange(2).repeat_interleave(LENGTH),
     )
     with torch.no_grad():
-        logits_BSV = whole_logits(model, tokens_BS, info, "fp64")
-    state = {**model_parts(model), **optimizer_parts(model, optimizer)}
-    planned = boxes_of_rank(config, ranks.layout, ranks.rank)
-    assert {name: part.box for name, part in state.items() if part.box.numel} == {
-        name: box for name, box in planned.items() if box.numel
-    }
-    parts = {name: Part(p.tensor.clone(), p.box, p.owner) for name, p in state.items()}
-    return seen, held_out, logits_BSV, parts
+        return whole_logits(model, tokens_BS, info, "fp64")
+
+
+Found = tuple[Trained, dict[str, float], Tensor]
+
+
+def run(config: RunConfig, world: int) -> Found:
+    """What training gave; held-out losses; the logits of a few tokens."""
+    ranks = ranks_of(config, world)
+    model = model_of(config, ranks)
+    with torch.no_grad():
+        for name, parameter in model.named():
+            if "depths" in name:
+                parameter.mul_(20)
+    ours = trained(config, ranks, model, those_that_pass_are_counted)
+    return ours, evaluate(model, held_out_of(config), "fp64", 4), prompted(model)
 
 
 def on_rank(rank: int, world: int, cases: dict[str, RunConfig]) -> dict[str, Found]:
     return {name: run(config, world) for name, config in cases.items()}
 
 
+@pytest.fixture(scope="module")
+def alone(data: Path) -> dict[str, Found]:
+    """Each model in one process."""
+    return {model: run(config_of(data, model), 1) for model in MODELS}
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_layout_has_the_numbers_of_one_process(world: int, model: str, data: Path) -> None:
-    truth, held_out, logits_BSV, whole = run(config_of(data, model), 1)
+def test_every_layout_has_the_numbers_of_one_process(
+    world: int, model: str, alone: dict[str, Found], data: Path
+) -> None:
+    truth, held_out, logits_BSV = alone[model]
     cases = {name: config_of(data, model, name) for name, (n, _) in LAYOUTS.items() if n == world}
     by_rank = run_ranks(world, on_rank, world, cases, timeout=120.0)
     for layout in cases:
-        covered: dict[str, Tensor] = {n: torch.zeros(p.box.whole) for n, p in whole.items()}
-        for results in by_rank:
-            seen, losses, logits, state = results[layout]
-            for (numbers, *counts), (right, *right_counts) in zip(seen, truth, strict=True):
-                assert numbers == pytest.approx(right, rel=1e-10), layout
-                assert counts == right_counts, layout
+        check_equal((found[layout][0] for found in by_rank), truth, layout)
+        for _, losses, logits in (found[layout] for found in by_rank):
             assert losses == pytest.approx(held_out, rel=1e-10), layout
             if model != "MoMa":  # its experts choose among the tokens of all ranks' prompts
                 assert relative_error(logits, logits_BSV) < 1e-9, layout
-            for key, part in state.items():
-                expected = whole[key].tensor[part.box.slices]
-                if part.box.numel:
-                    assert relative_error(part.tensor, expected) < 1e-9, (layout, key)
-                if part.owner:
-                    covered[key][part.box.slices] += 1
-        assert all(bool((times == 1).all()) for times in covered.values()), layout

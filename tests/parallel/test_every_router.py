@@ -1,7 +1,6 @@
 """Every router trains with the same numbers in every layout; so do frozen parameters and schedules
 of k, also after a resume."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from coterie.core.digest import digest
 from coterie.launch.config import RunConfig
 from coterie.launch.placement import boxes_of_rank
 from coterie.parallel.checkpoint import read_manifest
-from coterie.parallel.distributed import Ranks, make_groups
 from coterie.parallel.evaluate import evaluate
 from coterie.parallel.rules import layout_of
 from coterie.parallel.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.parallel.tiny import ALONE, Recorder, checkpointer_of, tiny_config, trainer_of
+from tests.parallel.tiny import ALONE, Recorder, checkpointer_of, trainer_of
+from tests.parallel.whole_runs import Found, check_close, on_ranks, router_config, run
 
 STEPS, HALF = 3, 1
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -32,6 +31,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "jitter": 0.1,
     },
     "modality": {"kind": "modality", "experts": [6, 2]},
+    "expert_choice": {"kind": "expert_choice", "capacity_factor": 1.5},
     "sinkhorn": {"kind": "sinkhorn", "k": 2},
     "hash": {"kind": "hash", "k": 2},
     "mlp": {"kind": "mlp", "hidden": 8, "skip": True, "bias_update": 0.05, "jitter": 0.1},
@@ -46,16 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def config_of(data: Path, router: str, parallel: dict[str, Any] | None = None) -> RunConfig:
-    config = tiny_config(
-        data,
-        train={"steps": STEPS, "recompute": "full" if parallel else "none"},
-        checkpoint={"every": HALF},
-        parallel=parallel or {},
-    )
-    tree = config.model_dump(mode="json")
-    tree["model"]["attention"]["kv_heads"] = 2
-    tree["model"]["moe"]["router"] = ROUTERS[router]
-    return RunConfig.model_validate(tree)
+    return router_config(data, ROUTERS[router], STEPS, HALF, parallel)
 
 
 def frozen_hashes(trainer: Trainer) -> dict[str, int]:
@@ -73,55 +64,27 @@ def frozen_hashes(trainer: Trainer) -> dict[str, int]:
     return sums
 
 
-Found = tuple[list[dict[str, Any]], dict[str, float], dict[str, int], dict[str, int]]
+Observed = tuple[dict[str, float], dict[str, int], dict[str, int]]
 
 
-def run(config: RunConfig, ranks: Ranks, folder: Path, checkpoint: Path | None = None) -> Found:
-    """Reports, held-out losses (with one expert where it can be said), and frozen parameters before
-    and after."""
-    recorder = Recorder()
-    with checkpointer_of(config, folder, ranks) as checkpointer:
-        trainer = trainer_of(config, ranks, checkpointer, [recorder])
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        before = frozen_hashes(trainer)
-        assert trainer.run(folder).finished
-        moe = config.model.moe
-        one = 1 if moe is not None and moe.router.kind != "modality" else None
-        losses = evaluate(trainer.model, trainer.held_out, "fp64", 8, k=one)
-        return recorder.reports, losses, before, frozen_hashes(trainer)
-
-
-def on_ranks(
-    rank: int, configs: dict[str, RunConfig], folder: Path, alone: Path
-) -> dict[str, list[Found]]:
-    """By router: a whole run, and one from the middle of a run in one process."""
-    some = next(iter(configs.values()))
-    layout = layout_of(some.parallel, 4, some.model)
-    ranks = make_groups(layout, torch.device("cpu"), timedelta(seconds=60))
-    found = {}
-    for router, config in configs.items():
-        found[router] = [run(config, ranks, folder / router / "whole")]
-        if router in FROZEN:
-            middle = alone / router / "checkpoints" / f"step_{HALF:08d}"
-            found[router].append(run(config, ranks, folder / router / "resumed", middle))
-    return found
-
-
-def close(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
-    assert len(ours) == len(truth)
-    for mine, right in zip(ours, truth, strict=True):
-        assert mine["load"] == right["load"]
-        for name in ("loss", "grad_norm"):
-            assert mine[name] == pytest.approx(right[name], rel=1e-9), (name, mine["step"])
-        assert mine["router_losses"] == pytest.approx(right["router_losses"], rel=1e-9)
+def observe(config: RunConfig, trainer: Trainer, folder: Path) -> Observed:
+    """Held-out losses (with one expert where it can be said), and frozen parameters before and
+    after."""
+    before = frozen_hashes(trainer)
+    assert trainer.run(folder).finished
+    moe = config.model.moe
+    one = 1 if moe is not None and hasattr(moe.router, "k") else None
+    losses = evaluate(trainer.model, trainer.held_out, "fp64", 8, k=one)
+    return losses, before, frozen_hashes(trainer)
 
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
     """Runs in one process, and their folder."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, {name: run(config_of(data, name), ALONE, folder / name) for name in ROUTERS}
+    return folder, {
+        name: run(config_of(data, name), ALONE, folder / name, observe) for name in ROUTERS
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,16 +93,17 @@ def test_numbers_of_one_process(
 ) -> None:
     folder, truths = alone
     configs = {router: config_of(data, router, LAYOUTS[layout]) for router in truths}
-    for found in run_ranks(4, on_ranks, configs, tmp_path, folder, timeout=180):
-        for router, (truth, losses, before, after) in truths.items():
+    results = run_ranks(4, on_ranks, configs, observe, tmp_path, folder, FROZEN, timeout=180)
+    for found in results:
+        for router, (truth, (losses, before, after)) in truths.items():
             whole, *resumed = found[router]
-            close(whole[0], truth)
+            check_close(whole[0], truth)
             for second_half in resumed:
-                close(second_half[0], truth[HALF:])
-            for ours in (whole, *resumed):
-                assert ours[1] == pytest.approx(losses, rel=1e-9)
-                assert ours[3] == after
-            assert whole[2] == before and len(before) == (2 if router in FROZEN else 0)
+                check_close(second_half[0], truth[HALF:])
+            for _, ours in (whole, *resumed):
+                assert ours[0] == pytest.approx(losses, rel=1e-9)
+                assert ours[2] == after
+            assert whole[1][1] == before and len(before) == (2 if router in FROZEN else 0)
     for router, config in configs.items():
         # what the checkpoint holds is what the ranks were said to hold
         held = read_manifest(tmp_path / router / "whole/checkpoints" / f"step_{STEPS:08d}").tensors
@@ -147,14 +111,14 @@ def test_numbers_of_one_process(
         for rank in range(4):
             said |= set(boxes_of_rank(config, layout_of(config.parallel, 4, config.model), rank))
         assert said == set(held)
-        frozen = truths[router][2]
+        frozen = truths[router][1][1]
         assert not [
             name for name in held for other in frozen if name.startswith(f"optimizer.{other}")
         ]
 
 
 def test_the_random_router_stays_and_k_grows(alone: tuple[Path, dict[str, Found]]) -> None:
-    reports, _, before, after = alone[1]["random"]
+    reports, (_, before, after) = alone[1]["random"]
     assert before == after
     rows = [sum(report["load"][1]) / report["tokens"] for report in reports]
     assert rows == [1, 2, 3]

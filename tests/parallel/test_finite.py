@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from coterie.models.depths import BlockOutput
 from coterie.parallel import checkpoint_tensors, finite, step
 from coterie.parallel.checkpoint import latest
 from coterie.parallel.finite import NonFiniteError
@@ -43,8 +44,8 @@ def block(trainer: Trainer, layer: int) -> Any:
 def hook(trainer: Trainer, layer: int, change: Callable[[Tensor], Tensor]) -> None:
     """Change what ``layer`` puts out, from the bad step on."""
 
-    def changed(_module: Any, _inputs: Any, output: tuple[Tensor, ...]) -> Any:
-        return (change(output[0]), *output[1:]) if at_bad_step(trainer) else output
+    def changed(_module: Any, _inputs: Any, output: BlockOutput) -> BlockOutput:
+        return output._replace(x=change(output.x)) if at_bad_step(trainer) else output
 
     block(trainer, layer).register_forward_hook(changed, prepend=True)
 

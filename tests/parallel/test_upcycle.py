@@ -328,6 +328,27 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...]]] 
         "slice",
         ("constant sum", "kind is expert_choice"),
     ),
+    "weights without a sum where tokens may skip": (
+        DENSE,
+        {"moe": {**SLICES, "router": {"kind": "mlp", "renormalise": True, "skip": True}}},
+        "slice",
+        ("mlp with renormalise and without skip", "kind is mlp"),
+    ),
+    "other depths": (
+        {**DENSE, "mixture_of_depths": {"capacity": 0.5}},
+        {"moe": TOP_2, "mixture_of_depths": {"capacity": 0.25}},
+        "copy",
+        ("model.mixture_of_depths.capacity is 0.25, but was 0.5",),
+    ),
+    "depths that were none": (
+        DENSE,
+        {"moe": TOP_2, "mixture_of_depths": {"capacity": 0.5}},
+        "copy",
+        (
+            "model.mixture_of_depths is {capacity: 0.5, every: 2, first: 0, score: sigmoid, "
+            "predictor: false, auxiliary: false}, but was null",
+        ),
+    ),
     "modalities into none": (
         {"moe": ONE_EACH},
         {"moe": TOP_2},
