@@ -10,7 +10,6 @@ from coterie.launch.report.lines import Record, check_load, check_metrics, read_
 from coterie.parallel.load import LayerLoad
 from coterie.parallel.monitors.jsonl import FILE, LOAD_FILE
 
-
 HELD_OUT = {"held_out/loss": "held-out", "held_out/non_causal/loss": "non-causal held-out"}
 """Losses of an evaluation, and what to call them; those by modality have /text and the like behind.
 """

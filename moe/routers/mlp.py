@@ -33,15 +33,21 @@ class MLPConfig(TopKConfig):
     depth_average: bool = True
     """Add the features of the mixture-of-experts layer before, times a learned vector."""
     skip: bool = False
-    """One more choice beside the experts, which gives a token nothing; its bias is -1."""
+    """One more choice beside the experts, which gives a token nothing; its bias is -1. Needs
+    `bias_update`."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """RMSNorm's epsilon."""
 
     @model_validator(mode="after")
-    def _ungrouped(self) -> Self:
+    def _skips(self) -> Self:
         if self.skip and self.groups > 1:
             raise ValueError(
                 f"skip is a choice beside all experts: groups must be 1, not {self.groups}"
+            )
+        if self.skip and self.bias_update is None:
+            raise ValueError(
+                "skip needs bias_update: its bias is -1, and only experts whose biases have "
+                "fallen as low leave it a token"
             )
         return self
 

@@ -194,6 +194,8 @@ def test_the_bias_is_of_experts_and_follows_their_load() -> None:
 def test_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"skip is a choice beside all.*groups must be 1, not 2"):
         MLPConfig(skip=True, groups=2)
+    with pytest.raises(ValueError, match="skip needs bias_update"):
+        MLPConfig(skip=True)
     some: dict[str, Any] = {"layers": 4, "mixture_of_depths": {}}
     with pytest.raises(ValueError, match=r"mixture_of_depths needs moe\.router\.depth_average"):
         config(**some, moe=MOE)

@@ -36,7 +36,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "sequence_loss": 0.1,
     },
     "mlp": {"kind": "mlp", "k": 2, "hidden": 4, "bias_update": 0.1},
-    "mlp, skip": {"kind": "mlp", "hidden": 4, "skip": True, "jitter": 0.1},
+    "mlp, skip": {"kind": "mlp", "hidden": 4, "skip": True, "jitter": 0.1, "bias_update": 0.1},
     "random_fixed": {"kind": "random_fixed", "k": 3, "scale": 2.0},
     "hash": {"kind": "hash", "k": 2},
     "sinkhorn": {"kind": "sinkhorn", "k": 2},
@@ -91,6 +91,9 @@ def _layer(name: str) -> MoELayer:
     )
     layer = MoELayer(D, config).double()
     randomise(layer, seed=len(name))
+    if name == "mlp, skip":
+        with torch.no_grad():
+            layer.router.bias.sub_(1.0)  # about that of skipping: some tokens do
     return layer
 
 
