@@ -330,7 +330,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...]]] 
     ),
     "weights without a sum where tokens may skip": (
         DENSE,
-        {"moe": {**SLICES, "router": {"kind": "mlp", "renormalise": True, "skip": True, "bias_update": 0.1}}},
+        {
+            "moe": {
+                **SLICES,
+                "router": {"kind": "mlp", "renormalise": True, "skip": True, "bias_update": 0.1},
+            }
+        },
         "slice",
         ("mlp with renormalise and without skip", "kind is mlp"),
     ),
