@@ -60,13 +60,13 @@ def main() -> int:
         for seed in range(arguments.seeds)
         for method in METHODS
     }
-    found = each("training and evaluating", jobs, arguments.at_once)
-    by_method: Losses = {
-        method: [found[f"{method}/{seed}"] for seed in range(arguments.seeds)] for method in METHODS
+    results = each("training and evaluating", jobs, arguments.at_once)
+    found: Losses = {
+        method: [results[f"{method}/{seed}"] for seed in range(arguments.seeds)]
+        for method in METHODS
     }
-    record = {"machine": machine(), "losses": by_method}
-    draw(by_method, RESULTS / "smoe_dropout.png")
-    publish("smoe_dropout", record, page(by_method))
+    draw(found, RESULTS / "smoe_dropout.png")
+    publish("smoe_dropout", {"machine": machine(), "found": found}, page(found))
     return 0
 
 

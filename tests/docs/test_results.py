@@ -1,0 +1,80 @@
+"""The pages of docs/results say what the figures beside them say."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import mixer_page
+from benchmarks.reproductions import moma, smoe_dropout
+from tests.docs.blocks import ROOT
+
+RESULTS = ROOT / "docs" / "results"
+
+
+def figures(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["moma", "smoe_dropout"])
+def test_a_page_is_made_from_its_figures(name: str, tmp_path: Path) -> None:
+    reproduction: ModuleType = import_module(f"benchmarks.reproductions.{name}")
+    found = figures(name)["found"]
+    assert (RESULTS / f"{name}.md").read_text() == reproduction.page(found)
+    reproduction.draw(found, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mixers_page_is_made_from_its_figures(tmp_path: Path) -> None:
+    mixer_page.write(figures("mixer"), tmp_path)
+    assert (RESULTS / "mixer.md").read_text() == (tmp_path / "mixer.md").read_text()
+
+
+def test_claims_of_smoe_dropout_are_counted() -> None:
+    falls = dict(zip(map(str, smoe_dropout.NUMBERS), (6.0, 5.0, 4.0, 3.0, 2.0, 1.0), strict=True))
+    stays = falls | {"16": 2.0}  # as with 12
+    random, learned, dense = smoe_dropout.METHODS
+    page = smoe_dropout.page({random: [falls, stays], learned: [stays, falls], dense: [{"": 1.0}]})
+    assert "falls with every step of k in 1 of 2 seeds" in page
+    assert "worse with 16 experts than with\n8 in 0 of 2 seeds, and best with k 12 or 16" in page
+
+
+def test_claims_of_moma_are_counted() -> None:
+    def run(image: float, text: float, curve: list[float]) -> dict[str, Any]:
+        return {
+            "curve": curve,
+            "metrics": {
+                **{f"{prefix}loss/{name}": loss for prefix in ("", "non_causal/")
+                   for name, loss in (("image", image), ("text", text))},
+                "auxiliary/agreement": 0.96,
+                "auxiliary/always_no": 0.875,
+            },
+        }  # fmt: skip
+
+    slow, fast = [9.0 - i for i in range(9)], [9.0 - 2 * i for i in range(9)]
+    found = {
+        "dense": [run(2.0, 1.0, slow)],
+        "1t1i": [run(2.5, 1.0, [9.0] * 9)],
+        "8x": [run(1.8, 0.8, slow)],
+        "4t4i": [run(1.5, 0.9, fast)],
+        "8x, no noise": [run(1.4, 0.9, fast)],
+        "4t4i, no noise": [run(1.5, 0.8, slow)],
+    }
+    etas = [moma.etas(found, method) for method in found]
+    assert etas == [[1.0], [None], [1.0], [9 / 6], [9 / 6], [1.0]]
+    page = moma.page(found)
+    for claim, times in {
+        "1t1i is better than dense on images": 0,
+        "4t4i: better than 8x on images (causal)": 1,
+        "4t4i: worse than 8x on text (causal)": 1,
+        "4t4i: better than dense on images (causal)": 1,
+        "4t4i: trains faster than dense (η > 1; theirs 3.7)": 1,
+        "8x: trains faster than dense (η > 1; theirs 3.0)": 0,
+        "4t4i, no noise: better than 8x on images (causal)": 0,
+        "4t4i, no noise: worse than 8x on text (causal)": 0,
+        "8x, no noise: trains faster than dense (η > 1; theirs 3.0)": 1,
+    }.items():
+        assert f"| {claim} | {times} of 1 |" in page
