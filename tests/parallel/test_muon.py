@@ -52,7 +52,7 @@ def test_every_matrix_of_a_stack_is_made_orthogonal_by_itself(shape: tuple[int, 
         right = [_zeropower_via_newtonschulz(m, COEFFICIENTS, STEPS, 1e-7) for m in matrices]
     assert relative_error(ours, torch.stack(right).view(shape)) < 1e-12
     values = torch.linalg.svdvals(ours)
-    assert 0.6 < float(values.min()) and float(values.max()) < 1.25
+    assert 0.68 < float(values.min()) and float(values.max()) < 1.135  # .6818 and 1.1343 were seen
     if len(shape) > 2:  # not as one tall matrix
         assert relative_error(ours, orthogonalised(x_NAB.flatten(0, -2)).view(shape)) > 0.1
 
