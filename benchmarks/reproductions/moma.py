@@ -93,13 +93,15 @@ def training_losses(folder: Path) -> list[float]:
 
 
 def etas(found: Found, method: str) -> list[float | None]:
-    """η for each seed: the dense model's steps over those that ``method`` needs for the dense one's
-    final training loss, at equal work for each step; None: it never gets there."""
+    """η for each seed: the steps after which the dense model first has its final training loss over
+    those that ``method`` needs for it, at equal work for each step; None: it never gets there."""
     result: list[float | None] = []
     for dense, sparse in zip(found["dense"], found[method], strict=True):
-        goal, reports = smooth(dense["curve"])[-1], len(sparse["curve"])
-        reached = np.nonzero(smooth(sparse["curve"]) <= goal)[0]
-        result.append(reports / (int(reached[0]) + SMOOTHED) if len(reached) else None)
+        goal = smooth(dense["curve"])[-1]
+        theirs, ours = (
+            np.nonzero(smooth(run["curve"]) <= goal)[0] + SMOOTHED for run in (dense, sparse)
+        )
+        result.append(int(theirs[0]) / int(ours[0]) if len(ours) else None)
     return result
 
 
@@ -153,10 +155,7 @@ corpus of captioned digits and prose. All have the same work for each token. Nat
 mean over {count} seeds, and in brackets the largest less the smallest. *By choice*: experts choose
 among the tokens of the whole batch, later ones too, as in training; this is no loss of a causal
 model. *Causal*: auxiliary routers choose. *No noise*: without the Gumbel noise that the paper adds
-to the choice in training. η: how many times fewer steps than the dense model's it takes to reach
-the dense model's final training loss, by seed; –: it never does. The dense model's own η would be 1
-if its loss only fell: how far it is from 1 says how exact the others are.
-
+to XX
 | | image, by choice | text, by choice | image, causal | text, causal | agreement (always no) | η |
 |---|---|---|---|---|---|---|
 {rows}

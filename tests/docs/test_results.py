@@ -54,6 +54,7 @@ def test_claims_of_moma_are_counted() -> None:
             },
         }  # fmt: skip
 
+    # of nine reports the last five are smoothed to 3; the fast one has it after six
     slow, fast = [9.0 - i for i in range(9)], [9.0 - 2 * i for i in range(9)]
     found = {
         "dense": [run(2.0, 1.0, slow)],
