@@ -49,8 +49,7 @@ class BlockOutput(NamedTuple):
 
 Inside = Callable[[Tensor, TokenInfo, Tensor | None, Tensor], BlockOutput]
 """A block's layers: activations, facts of their tokens, documents of whole sequences, and positions
-of context-parallel ranks' tokens (B, C / cp) → their
-result."""
+of context-parallel ranks' tokens (B, C / cp) → their result."""
 
 
 class MixtureOfDepthsConfig(Config):

@@ -1,7 +1,6 @@
 """The pages of docs/results say what the figures beside them say."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,9 @@ def figures(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["moma", "smoe_dropout"])
-def test_a_page_is_made_from_its_figures(name: str, tmp_path: Path) -> None:
-    reproduction: ModuleType = import_module(f"benchmarks.reproductions.{name}")
+@pytest.mark.parametrize("reproduction", [moma, smoe_dropout])
+def test_a_page_is_made_from_its_figures(reproduction: ModuleType, tmp_path: Path) -> None:
+    name = reproduction.RUNS.name
     found = figures(name)["found"]
     assert (RESULTS / f"{name}.md").read_text() == reproduction.page(found)
     reproduction.draw(found, tmp_path / "picture.png")
