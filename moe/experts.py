@@ -1,5 +1,7 @@
 """The experts of one layer that live on this rank, as stacked weights."""
 
+from typing import NamedTuple
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from coterie.comm.axis import Axis, Cut
 from coterie.comm.exchange.base import Exchange, Rows
 from coterie.core.config import Config
 from coterie.moe.activations import ACTIVATIONS, ActivationName
-from coterie.moe.grouped_ffn import grouped_ffn
+from coterie.moe.grouped_ffn import FFNPasses, grouped_ffn
 
 
 class ExpertsConfig(Config):
@@ -59,12 +61,18 @@ class Experts(nn.Module):
 
     def forward(self, x_AD: Tensor, load_E: Tensor) -> Tensor:
         """``x_AD``: rows sorted by local expert, ``load_E``: int64 rows for each → y_AD."""
-        w_in_EHD: Tensor = self.w_in_EPFD.flatten(1, 2)
-        w_out_EFD: Tensor = self.w_out_EFD
-        if torch.is_autocast_enabled(x_AD.device.type):
-            half = torch.get_autocast_dtype(x_AD.device.type)
-            x_AD, w_in_EHD, w_out_EFD = x_AD.to(half), w_in_EHD.to(half), w_out_EFD.to(half)
+        w_in_EHD, w_out_EFD = self.weights()
+        x_AD = x_AD.to(w_in_EHD.dtype)
         return grouped_ffn(x_AD, w_in_EHD, w_out_EFD, load_E, self.activation, self.recompute)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """(w_in_EHD, w_out_EFD), in the dtype of autocast where it is on."""
+        w_in_EHD, w_out_EFD = self.w_in_EPFD.flatten(1, 2), self.w_out_EFD
+        device = w_in_EHD.device.type
+        if not torch.is_autocast_enabled(device):
+            return w_in_EHD, w_out_EFD
+        half = torch.get_autocast_dtype(device)
+        return w_in_EHD.to(half), w_out_EFD.to(half)
 
     def over(self, exchange: Exchange, x_TD: Tensor, assignment: Rows) -> Tensor:
         """The tokens sent through these experts by ``exchange``: (T, D) → (T, D).
@@ -72,4 +80,24 @@ class Experts(nn.Module):
         However many rounds that takes, weights that are sharded are gathered once: ranks that
         share them but exchange with others need not have as many rounds.
         """
-        return exchange(x_TD, assignment, self.forward)
+        return exchange(x_TD, assignment, _Split(self))
+
+
+class _Split(NamedTuple):
+    """``experts`` as exchanges see them; a call is no call of the module, and runs none of its
+    hooks."""
+
+    experts: Experts
+
+    @property
+    def keeps(self) -> bool:
+        return not self.experts.recompute
+
+    def __call__(self, x_AD: Tensor, load_E: Tensor) -> Tensor:
+        return self.experts.forward(x_AD, load_E)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.experts.weights()
+
+    def passes(self, *weights: Tensor) -> FFNPasses:
+        return FFNPasses(*weights, self.experts.activation)

@@ -1,6 +1,6 @@
 """The feed-forward of many experts over rows sorted by expert."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,14 +77,8 @@ class _LoopFFN(torch.autograd.Function):
         activation: ActivationName,
         recompute: bool,
     ) -> Tensor:
-        act = ACTIVATIONS[activation].forward
-        y_AD = x_AD.new_empty(x_AD.shape[0], w_out_EFD.shape[2])
-        kept = []
-        for run in _runs(load):
-            h = mm(pad_rows(x_AD[run.rows]), w_in_EHD[run.expert].t())
-            y_AD[run.rows] = mm(act(h), w_out_EFD[run.expert])[: run.length]
-            if not recompute:
-                kept.append(h)
+        passes = FFNPasses(w_in_EHD, w_out_EFD, activation)
+        y_AD, kept = passes.forward(x_AD, load, keep=not recompute)
         ctx.save_for_backward(x_AD, w_in_EHD, w_out_EFD, *kept)
         ctx.load, ctx.activation = load, activation
         return y_AD
@@ -93,27 +87,107 @@ class _LoopFFN(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor | None, ...]:
         x_AD, w_in_EHD, w_out_EFD, *kept = ctx.saved_tensors
-        needs_x, needs_in, needs_out = ctx.needs_input_grad[:3]
-        act_backward = ACTIVATIONS[ctx.activation].backward
+        needs_x, *needs_weights = ctx.needs_input_grad[:3]
+        passes = FFNPasses(w_in_EHD, w_out_EFD, ctx.activation)
         dx_AD = torch.empty_like(x_AD) if needs_x else None
         # sums over runs must not round to half precision after each
         several = max(ctx.load, default=0) > _LONGEST
-        dtype = acc_dtype(x_AD) if several else x_AD.dtype
-        dw_in_EHD = torch.empty_like(w_in_EHD, dtype=dtype) if needs_in else None
-        dw_out_EFD = torch.empty_like(w_out_EFD, dtype=dtype) if needs_out else None
-        for number, run in enumerate(_runs(ctx.load)):
-            x, dy = pad_rows(x_AD[run.rows]), pad_rows(dy_AD[run.rows].contiguous())
-            w_in, w_out = w_in_EHD[run.expert], w_out_EFD[run.expert]
-            h = kept[number] if kept else mm(x, w_in.t())
-            dh, a = act_backward(mm(dy, w_out.t()), h)
-            if dw_out_EFD is not None:
-                mm_into(dw_out_EFD[run.expert], a.t(), dy, add=not run.first)
-            if dw_in_EHD is not None:
-                mm_into(dw_in_EHD[run.expert], dh.t(), x, add=not run.first)
+        sums = passes.weight_sums(needs_weights, acc_dtype(x_AD) if several else x_AD.dtype)
+        for rows, gradient in passes.hidden_gradients(dy_AD, x_AD, ctx.load, kept):
+            sums.add(gradient)
             if dx_AD is not None:
-                dx_AD[run.rows] = mm(dh, w_in)[: run.length]
-        dw = [None if d is None else d.to(x_AD.dtype) for d in (dw_in_EHD, dw_out_EFD)]
-        return dx_AD, *dw, None, None, None
+                dx_AD[rows] = passes.row_gradient(gradient)
+        return dx_AD, *sums.to(x_AD.dtype), None, None, None
+
+
+class HiddenGradient(NamedTuple):
+    """What the gradients of one run of rows are made of; A: its rows, padded as products like."""
+
+    expert: int
+    rows: int
+    """Rows that are not padding."""
+    x_AD: Tensor
+    dy_AD: Tensor
+    dh_AH: Tensor
+    """Gradient of the first product."""
+    a_AF: Tensor
+    """The hidden activations."""
+
+
+class FFNPasses:
+    """The two passes of :func:`grouped_ffn` in parts, without autograd.
+
+    For callers that do something else between parts, such as waiting for rows.
+    """
+
+    def __init__(self, w_in_EHD: Tensor, w_out_EFD: Tensor, activation: ActivationName) -> None:
+        self.w_in_EHD, self.w_out_EFD = w_in_EHD, w_out_EFD
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x_AD: Tensor, load: list[int], keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """(y_AD, with ``keep`` the first product of each run, for :meth:`hidden_gradients`)."""
+        y_AD = x_AD.new_empty(x_AD.shape[0], self.w_out_EFD.shape[2])
+        kept = []
+        for run in _runs(load):
+            h = mm(pad_rows(x_AD[run.rows]), self.w_in_EHD[run.expert].t())
+            a = self.activation.forward(h)
+            y_AD[run.rows] = mm(a, self.w_out_EFD[run.expert])[: run.length]
+            if keep:
+                kept.append(h)
+        return y_AD, kept
+
+    def hidden_gradients(
+        self, dy_AD: Tensor, x_AD: Tensor, load: list[int], kept: list[Tensor]
+    ) -> Iterator[tuple[slice, HiddenGradient]]:
+        """Of each run, with its rows; first products that were not kept are computed again."""
+        for number, run in enumerate(_runs(load)):
+            x, dy = pad_rows(x_AD[run.rows]), pad_rows(dy_AD[run.rows].contiguous())
+            h = kept[number] if kept else mm(x, self.w_in_EHD[run.expert].t())
+            dh, a = self.activation.backward(mm(dy, self.w_out_EFD[run.expert].t()), h)
+            yield run.rows, HiddenGradient(run.expert, run.length, x, dy, dh, a)
+
+    def row_gradient(self, gradient: HiddenGradient) -> Tensor:
+        """dx of a run."""
+        return mm(gradient.dh_AH, self.w_in_EHD[gradient.expert])[: gradient.rows]
+
+    def weight_sums(self, needs: Sequence[bool], dtype: torch.dtype) -> "WeightSums":
+        """Empty sums of ``w_in``'s and ``w_out``'s gradients; None where they are not needed."""
+        weights = (self.w_in_EHD, self.w_out_EFD)
+        return WeightSums(
+            *(
+                torch.empty_like(w, dtype=dtype) if need else None
+                for w, need in zip(weights, needs, strict=True)
+            )
+        )
+
+
+class WeightSums:
+    """Gradients of the weights, summed over runs in the order in which they are added.
+
+    Of each expert at least one run is to be added; it may be empty.
+    """
+
+    def __init__(self, dw_in_EHD: Tensor | None, dw_out_EFD: Tensor | None) -> None:
+        self.dw_in_EHD, self.dw_out_EFD = dw_in_EHD, dw_out_EFD
+        self._begun: set[int] = set()
+
+    def add(self, run: HiddenGradient) -> None:
+        """Add what ``run`` contributes."""
+        begun = run.expert in self._begun
+        if begun and not run.rows:
+            return
+        self._begun.add(run.expert)
+        if self.dw_out_EFD is not None:
+            mm_into(self.dw_out_EFD[run.expert], run.a_AF.t(), run.dy_AD, add=begun)
+        if self.dw_in_EHD is not None:
+            mm_into(self.dw_in_EHD[run.expert], run.dh_AH.t(), run.x_AD, add=begun)
+
+    def to(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """(dw_in_EHD, dw_out_EFD)"""
+        dw_in_EHD, dw_out_EFD = (
+            None if d is None else d.to(dtype) for d in (self.dw_in_EHD, self.dw_out_EFD)
+        )
+        return dw_in_EHD, dw_out_EFD
 
 
 class _Run(NamedTuple):
@@ -121,8 +195,6 @@ class _Run(NamedTuple):
 
     expert: int
     rows: slice
-    first: bool
-    """No run of this expert came before."""
 
     @property
     def length(self) -> int:
@@ -135,5 +207,5 @@ def _runs(load: list[int]) -> Iterator[_Run]:
     for expert, rows in enumerate(load):
         end = begin + rows
         for start in range(begin, max(end, begin + 1), _LONGEST):
-            yield _Run(expert, slice(start, min(start + _LONGEST, end)), start == begin)
+            yield _Run(expert, slice(start, min(start + _LONGEST, end)))
         begin = end

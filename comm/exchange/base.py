@@ -3,13 +3,60 @@
 An exchange knows rows, counts and ranks; it knows nothing of routers.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-ExpertFunction = Callable[[Tensor, Tensor], Tensor]
-"""(x_AD sorted by local expert, load_E of the local experts, int64) → y_AD."""
+
+class ExpertFunction(Protocol):
+    """The local experts, in one call; differentiable."""
+
+    def __call__(self, x_AD: Tensor, load_E: Tensor, /) -> Tensor:
+        """``x_AD`` sorted by local expert, ``load_E`` int64 rows for each → y_AD."""
+
+
+class Sums(Protocol):
+    """Gradients of weights, summed over pieces in the order in which they are added."""
+
+    def add(self, piece: Any, /) -> None:
+        """Add what a piece contributes."""
+
+    def to(self, dtype: torch.dtype, /) -> Sequence[Tensor | None]:
+        """The gradient of each weight; None: not needed."""
+
+
+class Passes(Protocol):
+    """Forward and backward pass of the local experts in pieces, without autograd."""
+
+    def forward(self, x_AD: Tensor, load: list[int], keep: bool, /) -> tuple[Tensor, list[Tensor]]:
+        """(y_AD, with ``keep`` what :meth:`hidden_gradients` likes to be given)."""
+
+    def hidden_gradients(
+        self, dy_AD: Tensor, x_AD: Tensor, load: list[int], kept: list[Tensor], /
+    ) -> Iterator[tuple[slice, Any]]:
+        """Pieces of the backward pass, each with its rows."""
+
+    def row_gradient(self, piece: Any, /) -> Tensor:
+        """dx of a piece."""
+
+    def weight_sums(self, needs: Sequence[bool], dtype: torch.dtype, /) -> Sums:
+        """Empty sums; each local expert is to have at least one piece, which may be empty."""
+
+
+class SplitExperts(ExpertFunction, Protocol):
+    """The local experts, in one call or piece by piece."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether first products are kept for the backward pass."""
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """What they are differentiated by, in the dtype they compute with."""
+
+    def passes(self, *weights: Tensor) -> Passes:
+        """With what :meth:`weights` gave."""
 
 
 class Rows(Protocol):
@@ -43,5 +90,5 @@ class Exchange(Protocol):
     def ranks(self) -> int:
         """R: how many ranks share the experts; each holds E / R, in order."""
 
-    def __call__(self, x_TD: Tensor, assignment: Rows, experts: ExpertFunction) -> Tensor:
+    def __call__(self, x_TD: Tensor, assignment: Rows, experts: SplitExperts) -> Tensor:
         """y_TD = Σ over the token's rows of weight · expert(x). Every rank of the group calls."""

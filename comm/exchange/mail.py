@@ -1,0 +1,125 @@
+"""Messages between ranks that travel while this rank computes.
+
+Who receives decides when a message travels: gloo sends a message's rows once its receiver has
+asked for them. So senders post all they have at once, and receivers ask in a fixed order, a few
+messages ahead. Without that order the messages of several senders share the receiver's link and
+all arrive late.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Message(NamedTuple):
+    """Rows to or from another rank; ``tag`` tells apart those between the same two."""
+
+    rows_AD: Tensor
+    peer: int
+    tag: int
+
+
+class Arrival:
+    """A message that was asked for, or is going to be."""
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self._there = threading.Event()
+        self._error: BaseException | None = None
+
+    def ready(self) -> bool:
+        """Whether :meth:`wait` would return at once."""
+        return self._there.is_set()
+
+    def wait(self) -> Tensor:
+        """The rows. Raises what went wrong on the way."""
+        self._there.wait()
+        if self._error is not None:
+            raise self._error
+        return self.message.rows_AD
+
+    def arrived(self, error: BaseException | None = None) -> None:
+        """Called once, by the thread that receives."""
+        self._error = error
+        self._there.set()
+
+
+class Mail:
+    """Sends and receives over ``group``, whose ranks ``peer`` counts; one for each group.
+
+    ``ahead``: messages that have been asked for and are not there yet.
+    """
+
+    def __init__(self, group: ProcessGroup, ahead: int = 2) -> None:
+        self.group = group
+        self.ahead = ahead
+        self.waited = 0.0
+        """Seconds that the caller waited for messages, since it was last set to 0."""
+        self._sent: list[tuple[Message, dist.Work]] = []
+        self._orders: SimpleQueue[Arrival] = SimpleQueue()
+        self._receiver: threading.Thread | None = None
+
+    def send(self, message: Message) -> None:
+        """Post a message; its rows must stay as they are until :meth:`finish`."""
+        if message.rows_AD.numel():
+            work = dist.isend(
+                message.rows_AD, group=self.group, group_dst=message.peer, tag=message.tag
+            )
+            assert work is not None
+            self._sent.append((message, work))
+
+    def receive(self, messages: Iterable[Message]) -> list[Arrival]:
+        """Ask for messages in this order, after those that were asked for before."""
+        arrivals = [Arrival(message) for message in messages]
+        if self._receiver is None:
+            self._receiver = threading.Thread(target=self._receive, name="mail", daemon=True)
+            self._receiver.start()
+        for arrival in arrivals:
+            if arrival.message.rows_AD.numel():
+                self._orders.put(arrival)
+            else:
+                arrival.arrived()
+        return arrivals
+
+    def wait(self, arrival: Arrival) -> Tensor:
+        """The rows of a message, once they are there."""
+        began = time.perf_counter()
+        rows_AD = arrival.wait()
+        self.waited += time.perf_counter() - began
+        return rows_AD
+
+    def finish(self) -> None:
+        """Wait until all that was sent is gone."""
+        began = time.perf_counter()
+        for _, work in self._sent:
+            work.wait()
+        self._sent.clear()
+        self.waited += time.perf_counter() - began
+
+    def _receive(self) -> None:
+        asked: deque[tuple[Arrival, dist.Work]] = deque()
+        while True:
+            while len(asked) < self.ahead and (not asked or not self._orders.empty()):
+                arrival = self._orders.get()
+                rows_AD, peer, tag = arrival.message
+                try:
+                    work = dist.irecv(rows_AD, group=self.group, group_src=peer, tag=tag)
+                except BaseException as error:
+                    arrival.arrived(error)
+                else:
+                    assert work is not None
+                    asked.append((arrival, work))
+            arrival, work = asked.popleft()
+            try:
+                work.wait()
+            except BaseException as error:
+                arrival.arrived(error)
+            else:
+                arrival.arrived()
