@@ -1,17 +1,11 @@
-"""Messages between ranks that travel while this rank computes.
-
-Who receives decides when a message travels: gloo sends a message's rows once its receiver has
-asked for them. So senders post all they have at once, and receivers ask in a fixed order, a few
-messages ahead. Without that order the messages of several senders share the receiver's link and
-all arrive late.
-"""
+"""Messages between ranks that travel while this rank computes."""
 
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -51,23 +45,43 @@ class Arrival:
         self._there.set()
 
 
-class Mail:
-    """Sends and receives over ``group``, whose ranks ``peer`` counts; one for each group.
+class Mail(Protocol):
+    """Sends and receives between the ranks of a group, which ``Message.peer`` counts."""
 
-    ``ahead``: messages that have been asked for and are not there yet.
+    waited: float
+    """Seconds that the caller waited for messages, since it was last set to 0."""
+
+    def receive(self, messages: Iterable[Message]) -> list[Arrival]:
+        """Ask for messages in this order, after those that were asked for before."""
+
+    def send(self, message: Message) -> None:
+        """Post a message; its rows must stay as they are until :meth:`finish`."""
+
+    def wait(self, arrival: Arrival) -> Tensor:
+        """The rows of a message, once they are there."""
+
+    def finish(self) -> None:
+        """Wait until all that was sent is gone."""
+
+
+class ThreadMail:
+    """Mail by a thread that receives, for backends that have tags and answer when asked (gloo).
+
+    Who receives decides when a message travels: gloo sends a message's rows once its receiver has
+    asked for them. So senders post all they have at once, and receivers ask in a fixed order,
+    ``ahead`` messages before they are there. Without that order the messages of several senders
+    share the receiver's link and all arrive late.
     """
 
     def __init__(self, group: ProcessGroup, ahead: int = 2) -> None:
         self.group = group
         self.ahead = ahead
         self.waited = 0.0
-        """Seconds that the caller waited for messages, since it was last set to 0."""
         self._sent: list[tuple[Message, dist.Work]] = []
         self._orders: SimpleQueue[Arrival] = SimpleQueue()
         self._receiver: threading.Thread | None = None
 
     def send(self, message: Message) -> None:
-        """Post a message; its rows must stay as they are until :meth:`finish`."""
         if message.rows_AD.numel():
             work = dist.isend(
                 message.rows_AD, group=self.group, group_dst=message.peer, tag=message.tag
@@ -76,7 +90,6 @@ class Mail:
             self._sent.append((message, work))
 
     def receive(self, messages: Iterable[Message]) -> list[Arrival]:
-        """Ask for messages in this order, after those that were asked for before."""
         arrivals = [Arrival(message) for message in messages]
         if self._receiver is None:
             self._receiver = threading.Thread(target=self._receive, name="mail", daemon=True)
@@ -89,14 +102,12 @@ class Mail:
         return arrivals
 
     def wait(self, arrival: Arrival) -> Tensor:
-        """The rows of a message, once they are there."""
         began = time.perf_counter()
         rows_AD = arrival.wait()
         self.waited += time.perf_counter() - began
         return rows_AD
 
     def finish(self) -> None:
-        """Wait until all that was sent is gone."""
         began = time.perf_counter()
         for _, work in self._sent:
             work.wait()
@@ -123,3 +134,47 @@ class Mail:
                 arrival.arrived(error)
             else:
                 arrival.arrived()
+
+
+class StreamMail:
+    """Mail whose waiting is done by the device's stream (NCCL): the host only enqueues.
+
+    A message that is sent travels in a group with the next one that was asked for, as NCCL needs
+    it: all ranks must send their messages in the order in which the others ask for theirs.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.waited = 0.0
+        self._asked: deque[Arrival] = deque()
+        self._works: dict[Arrival, list[dist.Work]] = {}
+        self._sent: list[Message] = []
+
+    def receive(self, messages: Iterable[Message]) -> list[Arrival]:
+        arrivals = [Arrival(message) for message in messages]
+        self._asked.extend(arrivals)
+        return arrivals
+
+    def send(self, message: Message) -> None:
+        arrival = self._asked.popleft()
+        pair = [
+            dist.P2POp(what, rows_AD, group=self.group, group_peer=peer, tag=tag)
+            for what, (rows_AD, peer, tag) in (
+                (dist.isend, message),
+                (dist.irecv, arrival.message),
+            )
+            if rows_AD.numel()
+        ]
+        self._works[arrival] = dist.batch_isend_irecv(pair) if pair else []
+        self._sent.append(message)
+
+    def wait(self, arrival: Arrival) -> Tensor:
+        for work in self._works.pop(arrival):
+            work.wait()
+        arrival.arrived()
+        return arrival.wait()
+
+    def finish(self) -> None:
+        """What was sent is gone with what came for it."""
+        assert not self._asked and not self._works, "a message was asked for, but not waited for"
+        self._sent.clear()

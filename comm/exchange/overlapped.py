@@ -14,21 +14,22 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from coterie.comm.exchange.base import SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
-from coterie.comm.exchange.mail import Mail, Message
+from coterie.comm.exchange.mail import Mail, Message, StreamMail, ThreadMail
 from coterie.comm.exchange.plan import rounds_of
 from coterie.csrc.twins import acc_dtype
 
 
 class OverlappedExchange(ExchangeBetweenRanks):
-    """Rows travel while others are computed, over any backend that has messages with tags.
+    """Rows travel while others are computed.
 
     ``pieces``: of the rows between any two ranks. ``ahead``: how many messages a rank asks for
-    before they are there.
+    before they are there (not on NCCL).
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class OverlappedExchange(ExchangeBetweenRanks):
     ) -> None:
         super().__init__(group, max_rows_factor)
         self.pieces = pieces
-        self.mail = Mail(group, ahead)
+        by_stream = dist.get_backend(group) == dist.Backend.NCCL
+        self.mail: Mail = StreamMail(group) if by_stream else ThreadMail(group, ahead)
 
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
         """Every piece is computed once it is there."""
