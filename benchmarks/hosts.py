@@ -1,0 +1,96 @@
+"""Hosts of one machine: network namespaces on a bridge, each behind a link of its own rate.
+
+Needs root and iproute2 (``ip``, ``tc``, ``nsenter``). A host has its own network and nothing else:
+processors and memory are shared, unless a command is pinned to a core.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_BRIDGE = "coterie"
+_NETWORK = "10.78.0"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of them."""
+
+    number: int
+
+    @property
+    def namespace(self) -> str:
+        return f"{_BRIDGE}{self.number}"
+
+    @property
+    def address(self) -> str:
+        return f"{_NETWORK}.{10 + self.number}"
+
+    def start(
+        self, command: Sequence[str], core: int, environment: dict[str, str]
+    ) -> subprocess.Popen[str]:
+        """Run ``command`` there, on one core of the machine."""
+        inside = ["nsenter", f"--net=/run/netns/{self.namespace}", "taskset", "-c", str(core)]
+        return subprocess.Popen(
+            [*inside, *command],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@contextmanager
+def hosts(count: int) -> Iterator[list[Host]]:
+    """``count`` hosts that reach each other, gone afterwards."""
+    made = [Host(number) for number in range(count)]
+    _remove(made)
+    try:
+        _run(f"ip link add {_BRIDGE} type bridge")
+        _run(f"ip link set {_BRIDGE} up")
+        for host in made:
+            port = f"{host.namespace}p"
+            _run(f"ip netns add {host.namespace}")
+            _run(f"ip link add {port} type veth peer name eth0 netns {host.namespace}")
+            _run(f"ip link set {port} master {_BRIDGE} up")
+            _inside(host, f"ip addr add {host.address}/24 dev eth0")
+            _inside(host, "ip link set eth0 up")
+            _inside(host, "ip link set lo up")
+        yield made
+    finally:
+        _remove(made)
+
+
+def shape(made: Sequence[Host], megabits: float | None) -> None:
+    """Limit every host's link to ``megabits`` a second in each direction; None: no limit."""
+    for host in made:
+        for run, device in (
+            (_run, f"{host.namespace}p"),
+            (lambda command, host=host: _inside(host, command), "eth0"),
+        ):
+            if megabits is None:
+                run(f"tc qdisc replace dev {device} root pfifo")
+            else:
+                run(
+                    f"tc qdisc replace dev {device} root tbf rate {megabits:g}mbit burst 64k "
+                    "latency 50ms"
+                )
+
+
+def _remove(made: Sequence[Host]) -> None:
+    for host in made:
+        subprocess.run(["ip", "netns", "del", host.namespace], capture_output=True)
+        subprocess.run(["ip", "link", "del", f"{host.namespace}p"], capture_output=True)
+    subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+
+
+def _inside(host: Host, command: str) -> None:
+    _run(f"nsenter --net=/run/netns/{host.namespace} {command}")
+
+
+def _run(command: str) -> None:
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command}: {done.stderr.strip()}")
