@@ -100,4 +100,5 @@ class _Split(NamedTuple):
         return self.experts.weights()
 
     def passes(self, *weights: Tensor) -> FFNPasses:
-        return FFNPasses(*weights, self.experts.activation)
+        w_in_EHD, w_out_EFD = weights
+        return FFNPasses(w_in_EHD, w_out_EFD, self.experts.activation)

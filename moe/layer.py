@@ -7,10 +7,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from coterie.comm.axis import Axes, Axis
-from coterie.comm.exchange.all_to_all import AllToAllExchange
+from coterie.comm.axis import Axes
 from coterie.comm.exchange.base import Exchange
-from coterie.comm.exchange.local import LocalExchange
+from coterie.comm.exchange.config import ExchangeConfig
 from coterie.core.config import Config
 from coterie.moe.assignment import sliced
 from coterie.moe.experts import Experts, ExpertsConfig
@@ -39,6 +38,8 @@ class MoEConfig(Config):
     route_before_attention: bool = False
     """Route by the residual stream that enters the block, not normalised, rather than by the
     layer's own input: what attention does not change is known before it (SmallThinker)."""
+    exchange: ExchangeConfig = ExchangeConfig()
+    """How rows get to experts on other ranks, and back."""
     max_rows_factor: float | None = Field(default=2.0, ge=1.0)
     """With experts spread over ranks: up to so many times the mean over ranks a rank takes its rows
     at once; beyond that in rounds of the mean, slower but in the same memory. Null: no limit."""
@@ -77,8 +78,8 @@ class MoELayer(nn.Module):
     """Replaces a transformer's feed-forward layer.
 
     ``axes``: the ranks it is spread over (default: all is on this rank). Each has tokens of its
-    own, and all of them call together. ``exchange``: how rows reach the experts; by default one
-    all-to-all there and one back, in rounds where ``max_rows_factor`` asks for them.
+    own, and all of them call together. ``exchange``: how rows reach the experts, if not as
+    ``config`` says.
     ``recompute``: keep no hidden activations, compute them again in the backward pass.
     Parameters are uninitialised until :func:`coterie.models.initialise.initialise`.
     """
@@ -93,7 +94,9 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = axes
-        self.exchange: Exchange = exchange or exchange_over(axes.expert, config.max_rows_factor)
+        self.exchange: Exchange = exchange or config.exchange.over(
+            axes.expert, config.max_rows_factor
+        )
         self.router: Router = config.router.build(width, config.experts.count, axes)
         self.experts = Experts(width, config.experts, axes.ep, axes.etp, recompute)
         self.shared = (
@@ -126,10 +129,3 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD
         state = None if state_TR is None else state_TR.unflatten(0, x.shape[:-1])
         return MoEOutput(y_TD.view_as(x), routing.losses, stats, state, routing.foresight)
-
-
-def exchange_over(expert: Axis, max_rows_factor: float | None = None) -> Exchange:
-    """The exchange between the ranks of ``expert``."""
-    if expert.group is None:
-        return LocalExchange()
-    return AllToAllExchange(expert.group, max_rows_factor)

@@ -48,7 +48,17 @@ BIASED: dict[str, Any] = {
     "experts": {"count": 8, "hidden": 8},
     "router": {"k": 2, "score": "sigmoid", "bias_update": 0.1},
 }
+OVERLAPPED: dict[str, Any] = {
+    "experts": {"count": 8, "hidden": 8},
+    "router": {"k": 2, "capacity_factor": 1.5},
+    "exchange": {"kind": "overlapped", "pieces": 3},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "overlapped": {"model": {"moe": OVERLAPPED, "attention": ATTENTION}},
+    "overlapped, recomputed": {
+        "model": {"moe": {**OVERLAPPED, "max_rows_factor": 1.0}, "attention": ATTENTION},
+        "train": {"recompute": "full"},
+    },
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
     "routed before attention": {"model": {"moe": BEFORE, "attention": ATTENTION}},
@@ -82,6 +92,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero bubble": {"pp": 2, "schedule": "zero_bubble", "ep": 2},
 }
 RUN: dict[str, tuple[str, ...]] = {
+    "overlapped": ("tp cp ep", "pp shard ep", "tp shard etp", "zero bubble"),
+    "overlapped, recomputed": ("tp cp ep", "pp shard ep"),
     "gate head": ("tp cp ep", "pp shard ep"),
     "gate element": ("tp cp ep",),
     "routed before attention": ("tp cp ep", "pp shard ep"),
