@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from coterie.comm.exchange.meter import Meter
+
 
 class ExpertFunction(Protocol):
     """The local experts, in one call; differentiable."""
@@ -89,6 +91,10 @@ class Exchange(Protocol):
     @property
     def ranks(self) -> int:
         """R: how many ranks share the experts; each holds E / R, in order."""
+
+    @property
+    def meters(self) -> Sequence[Meter]:
+        """What it takes is counted in, for each group of ranks that it exchanges between."""
 
     def __call__(self, x_TD: Tensor, assignment: Rows, experts: SplitExperts) -> Tensor:
         """y_TD = Σ over the token's rows of weight · expert(x). Every rank of the group calls."""

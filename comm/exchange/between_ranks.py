@@ -1,6 +1,7 @@
 """What exchanges between ranks have in common: counts, order of rows, and rounds under skew."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.exchange.base import Rows, SplitExperts
+from coterie.comm.exchange.meter import Meter
 from coterie.comm.exchange.rounds import plan, rows_of_rounds
 from coterie.csrc.inverse import invert
 from coterie.csrc.permute import permute
@@ -44,6 +46,8 @@ class ExchangeBetweenRanks(ABC):
         self.rank = group.rank()
         self.ranks = group.size()
         self.max_rows_factor = max_rows_factor
+        self.meter = Meter(group)
+        self.meters: Sequence[Meter] = (self.meter,)
 
     @abstractmethod
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
@@ -51,8 +55,9 @@ class ExchangeBetweenRanks(ABC):
         by the rank that holds it; differentiable. Every rank of the group calls."""
 
     def __call__(self, x_TD: Tensor, assignment: Rows, experts: SplitExperts) -> Tensor:
-        load_SE = _gather(assignment.load_E, self.group)
-        sent_SR = self._between_ranks(load_SE)
+        with self.meter.counting(assignment.load_E):
+            load_SE = _gather(assignment.load_E, self.group)
+            sent_SR = self._between_ranks(load_SE)
         load_nSE = plan(load_SE, sent_SR, self.max_rows_factor)
         token_A, weight_A = assignment.token_A, assignment.weight_A
         if load_nSE is None:

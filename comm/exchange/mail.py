@@ -1,7 +1,6 @@
 """Messages between ranks that travel while this rank computes."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable
 from queue import SimpleQueue
@@ -9,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+from coterie.comm.exchange.meter import Meter
 
 
 class Message(NamedTuple):
@@ -46,10 +46,7 @@ class Arrival:
 
 
 class Mail(Protocol):
-    """Sends and receives between the ranks of a group, which ``Message.peer`` counts."""
-
-    waited: float
-    """Seconds that the caller waited for messages, since it was last set to 0."""
+    """Sends and receives between the ranks of a meter's group, which ``Message.peer`` counts."""
 
     def receive(self, messages: Iterable[Message]) -> list[Arrival]:
         """Ask for messages in this order, after those that were asked for before."""
@@ -73,10 +70,9 @@ class ThreadMail:
     share the receiver's link and all arrive late.
     """
 
-    def __init__(self, group: ProcessGroup, ahead: int = 2) -> None:
-        self.group = group
+    def __init__(self, meter: Meter, ahead: int = 2) -> None:
+        self.group, self.meter = meter.group, meter
         self.ahead = ahead
-        self.waited = 0.0
         self._sent: list[tuple[Message, dist.Work]] = []
         self._orders: SimpleQueue[Arrival] = SimpleQueue()
         self._receiver: threading.Thread | None = None
@@ -102,17 +98,14 @@ class ThreadMail:
         return arrivals
 
     def wait(self, arrival: Arrival) -> Tensor:
-        began = time.perf_counter()
-        rows_AD = arrival.wait()
-        self.waited += time.perf_counter() - began
-        return rows_AD
+        with self.meter.waiting(arrival.message.rows_AD):
+            return arrival.wait()
 
     def finish(self) -> None:
-        began = time.perf_counter()
-        for _, work in self._sent:
-            work.wait()
+        for message, work in self._sent:
+            with self.meter.waiting(message.rows_AD):
+                work.wait()
         self._sent.clear()
-        self.waited += time.perf_counter() - began
 
     def _receive(self) -> None:
         asked: deque[tuple[Arrival, dist.Work]] = deque()
@@ -143,9 +136,8 @@ class StreamMail:
     it: all ranks must send their messages in the order in which the others ask for theirs.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
-        self.waited = 0.0
+    def __init__(self, meter: Meter) -> None:
+        self.group, self.meter = meter.group, meter
         self._asked: deque[Arrival] = deque()
         self._works: dict[Arrival, list[dist.Work]] = {}
         self._sent: list[Message] = []
@@ -169,8 +161,9 @@ class StreamMail:
         self._sent.append(message)
 
     def wait(self, arrival: Arrival) -> Tensor:
-        for work in self._works.pop(arrival):
-            work.wait()
+        with self.meter.waiting(arrival.message.rows_AD):
+            for work in self._works.pop(arrival):
+                work.wait()
         arrival.arrived()
         return arrival.wait()
 

@@ -42,7 +42,7 @@ class OverlappedExchange(ExchangeBetweenRanks):
         super().__init__(group, max_rows_factor)
         self.pieces = pieces
         by_stream = dist.get_backend(group) == dist.Backend.NCCL
-        self.mail: Mail = StreamMail(group) if by_stream else ThreadMail(group, ahead)
+        self.mail: Mail = StreamMail(self.meter) if by_stream else ThreadMail(self.meter, ahead)
 
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
         """Every piece is computed once it is there."""

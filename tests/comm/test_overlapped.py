@@ -20,7 +20,7 @@ def _compare(rank: int, world: int, pieces: int, by_stream: bool) -> dict[str, d
         plain, ours = _layer(case, axes), _layer(case, axes)
         exchange = OverlappedExchange(group, pieces=pieces)
         if by_stream:
-            exchange.mail = StreamMail(group)
+            exchange.mail = StreamMail(exchange.meter)
         ours.exchange = exchange
         arguments = _inputs(case, world)[rank]
         right, found = _step(plain, *arguments), _step(ours, *arguments)

@@ -1,0 +1,118 @@
+"""How long an exchange keeps its rank waiting, and how long its rows travel when nobody computes.
+
+Both are measured: the first by timestamps around every wait, the second by sending as many rows
+once more, alone. What part of the second the first is, was not hidden.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Shipment(NamedTuple):
+    """Rows that went one way between all ranks of a group."""
+
+    sent_R: Sequence[int]
+    """Rows to each rank."""
+    received_R: Sequence[int]
+    """Rows from each rank."""
+    like: Tensor
+    """Without rows, but with their width, dtype and device."""
+
+
+class Taken(NamedTuple):
+    """What the exchanges of one layer took since the last time."""
+
+    counts: float
+    """Seconds of waiting for the others' counts: more for ranks that come late than for these."""
+    exposed: float
+    """Seconds of waiting for rows: communication that nothing hid."""
+    shipments: list[Shipment]
+
+
+class Meter:
+    """Of the exchanges between the ranks of ``group`` in one layer; counts while ``on``."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.on = False
+        self.counts = Stopwatch()
+        self.rows = Stopwatch()
+        self._shipments: list[Shipment] = []
+
+    @contextmanager
+    def counting(self, load_E: Tensor) -> Iterator[None]:
+        """While this rank waits for the others' counts."""
+        with self.counts.running(load_E.device, self.on):
+            yield
+
+    @contextmanager
+    def waiting(self, rows_AD: Tensor) -> Iterator[None]:
+        """While this rank waits for rows."""
+        with self.rows.running(rows_AD.device, self.on):
+            yield
+
+    def ship(self, sent_R: Sequence[int], received_R: Sequence[int], rows_AD: Tensor) -> None:
+        """Note that rows like ``rows_AD`` go from each rank to the others."""
+        if self.on:
+            empty = rows_AD.new_empty(0, rows_AD.shape[1])
+            self._shipments.append(Shipment(sent_R, received_R, empty))
+
+    def take(self) -> Taken:
+        """Since the last call; waits for the device."""
+        shipments, self._shipments = self._shipments, []
+        return Taken(self.counts.take(), self.rows.take(), shipments)
+
+
+class Stopwatch:
+    """Seconds that passed inside :meth:`running`: the host's, or on CUDA the stream's."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, device: torch.device, on: bool = True) -> Iterator[None]:
+        """Count what runs inside, which works on tensors of ``device``."""
+        if not on:
+            yield
+        elif device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += 1e-3 * begin.elapsed_time(end)
+        seconds, self._seconds = self._seconds, 0.0
+        self._events.clear()
+        return seconds
+
+
+def seconds_alone(shipments: Sequence[Shipment], group: ProcessGroup) -> float:
+    """How long as many rows travel, one shipment after the other by all-to-all, when nobody
+    computes. All ranks of the group call."""
+    watch = Stopwatch()
+    for sent_R, received_R, like in shipments:
+        sent_AD = like.new_zeros(sum(sent_R), like.shape[1])
+        received_AD = like.new_empty(sum(received_R), like.shape[1])
+        dist.barrier(group)
+        with watch.running(like.device):
+            dist.all_to_all_single(
+                received_AD, sent_AD, list(received_R), list(sent_R), group=group
+            )
+    return watch.take()
