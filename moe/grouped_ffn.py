@@ -78,7 +78,12 @@ class _LoopFFN(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         passes = FFNPasses(w_in_EHD, w_out_EFD, activation)
-        y_AD, kept = passes.forward(x_AD, load, keep=not recompute)
+        y_AD = x_AD.new_empty(x_AD.shape[0], w_out_EFD.shape[2])
+        kept = []
+        for part in passes.hidden(x_AD, load):
+            y_AD[part.rows] = passes.result(part)
+            if not recompute:
+                kept.append(part.h_AH)
         ctx.save_for_backward(x_AD, w_in_EHD, w_out_EFD, *kept)
         ctx.load, ctx.activation = load, activation
         return y_AD
@@ -93,25 +98,40 @@ class _LoopFFN(torch.autograd.Function):
         # sums over runs must not round to half precision after each
         several = max(ctx.load, default=0) > _LONGEST
         sums = passes.weight_sums(needs_weights, acc_dtype(x_AD) if several else x_AD.dtype)
-        for rows, gradient in passes.hidden_gradients(dy_AD, x_AD, ctx.load, kept):
-            sums.add(gradient)
+        for part in passes.hidden_gradients(dy_AD, x_AD, ctx.load, kept):
+            sums.add(part)
             if dx_AD is not None:
-                dx_AD[rows] = passes.row_gradient(gradient)
+                dx_AD[part.rows] = passes.row_gradient(part)
         return dx_AD, *sums.to(x_AD.dtype), None, None, None
+
+
+class Hidden(NamedTuple):
+    """Hidden activations of one run of rows; A: its rows, padded as products like."""
+
+    expert: int
+    rows: slice
+    """Those that are not padding."""
+    h_AH: Tensor
+    """The first product."""
+    a_AF: Tensor
+    """Its activations."""
 
 
 class HiddenGradient(NamedTuple):
     """What the gradients of one run of rows are made of; A: its rows, padded as products like."""
 
     expert: int
-    rows: int
-    """Rows that are not padding."""
+    rows: slice
+    """Those that are not padding."""
     x_AD: Tensor
     dy_AD: Tensor
+    """Gradient of the results, before they were weighted."""
     dh_AH: Tensor
     """Gradient of the first product."""
     a_AF: Tensor
-    """The hidden activations."""
+    """The hidden activations, weighted as the results were."""
+    dweight_A: Tensor | None
+    """Gradient of the weights, where there were any; no padding."""
 
 
 class FFNPasses:
@@ -124,31 +144,46 @@ class FFNPasses:
         self.w_in_EHD, self.w_out_EFD = w_in_EHD, w_out_EFD
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x_AD: Tensor, load: list[int], keep: bool) -> tuple[Tensor, list[Tensor]]:
-        """(y_AD, with ``keep`` the first product of each run, for :meth:`hidden_gradients`)."""
-        y_AD = x_AD.new_empty(x_AD.shape[0], self.w_out_EFD.shape[2])
-        kept = []
+    def hidden(self, x_AD: Tensor, load: list[int]) -> Iterator[Hidden]:
+        """Of each run of ``x_AD``, sorted by expert, ``load`` rows for each."""
         for run in _runs(load):
             h = mm(pad_rows(x_AD[run.rows]), self.w_in_EHD[run.expert].t())
-            a = self.activation.forward(h)
-            y_AD[run.rows] = mm(a, self.w_out_EFD[run.expert])[: run.length]
-            if keep:
-                kept.append(h)
-        return y_AD, kept
+            yield Hidden(run.expert, run.rows, h, self.activation.forward(h))
+
+    def result(self, part: Hidden, columns: slice = slice(None)) -> Tensor:
+        """Columns of y of a run."""
+        return mm(part.a_AF, self.w_out_EFD[part.expert][:, columns])[: _length(part.rows)]
 
     def hidden_gradients(
-        self, dy_AD: Tensor, x_AD: Tensor, load: list[int], kept: list[Tensor]
-    ) -> Iterator[tuple[slice, HiddenGradient]]:
-        """Of each run, with its rows; first products that were not kept are computed again."""
+        self,
+        dy_AD: Tensor,
+        x_AD: Tensor,
+        load: list[int],
+        kept: list[Tensor],
+        weight_A: Tensor | None = None,
+    ) -> Iterator[HiddenGradient]:
+        """Of each run. ``kept``: first products of all runs, or nothing: they are computed again.
+
+        ``weight_A``: ``dy_AD`` is the gradient of weighted results. The weights' own gradient is
+        ⟨dy, y⟩ = ⟨dy · w_outᵀ, a⟩, for which no result need be kept.
+        """
         for number, run in enumerate(_runs(load)):
             x, dy = pad_rows(x_AD[run.rows]), pad_rows(dy_AD[run.rows].contiguous())
             h = kept[number] if kept else mm(x, self.w_in_EHD[run.expert].t())
-            dh, a = self.activation.backward(mm(dy, self.w_out_EFD[run.expert].t()), h)
-            yield run.rows, HiddenGradient(run.expert, run.length, x, dy, dh, a)
+            da = mm(dy, self.w_out_EFD[run.expert].t())
+            dh, a = self.activation.backward(da, h)
+            dweight_A = None
+            if weight_A is not None:
+                length = _length(run.rows)
+                dweight_A = (a[:length] * da[:length]).sum(1, dtype=weight_A.dtype)
+                weight = weight_A[run.rows, None].to(a.dtype)
+                dh[:length].mul_(weight)
+                a[:length].mul_(weight)
+            yield HiddenGradient(run.expert, run.rows, x, dy, dh, a, dweight_A)
 
-    def row_gradient(self, gradient: HiddenGradient) -> Tensor:
-        """dx of a run."""
-        return mm(gradient.dh_AH, self.w_in_EHD[gradient.expert])[: gradient.rows]
+    def row_gradient(self, part: HiddenGradient, columns: slice = slice(None)) -> Tensor:
+        """Columns of dx of a run."""
+        return mm(part.dh_AH, self.w_in_EHD[part.expert][:, columns])[: _length(part.rows)]
 
     def weight_sums(self, needs: Sequence[bool], dtype: torch.dtype) -> "WeightSums":
         """Empty sums of ``w_in``'s and ``w_out``'s gradients; None where they are not needed."""
@@ -174,7 +209,7 @@ class WeightSums:
     def add(self, run: HiddenGradient) -> None:
         """Add what ``run`` contributes."""
         begun = run.expert in self._begun
-        if begun and not run.rows:
+        if begun and not _length(run.rows):
             return
         self._begun.add(run.expert)
         if self.dw_out_EFD is not None:
@@ -196,9 +231,9 @@ class _Run(NamedTuple):
     expert: int
     rows: slice
 
-    @property
-    def length(self) -> int:
-        return self.rows.stop - self.rows.start
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
 
 
 def _runs(load: list[int]) -> Iterator[_Run]:

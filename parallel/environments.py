@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from coterie.comm.axis import Axis
-from coterie.comm.exchange.all_to_all import all_to_all_rows
+from coterie.comm.exchange.meter import Meter
+from coterie.comm.exchange.rows import all_to_all_rows
 from coterie.core.box import Box
 from coterie.core.digest import digest_int64
 from coterie.moe.assignment import count
@@ -74,7 +75,7 @@ def move(rows_A: Tensor, from_E: Tensor, to_E: Tensor, axis: Axis) -> Tensor:
         rows_A.flatten(1)[order_A],
         count(there_A, axis.size).tolist(),
         count(here_A, axis.size).tolist(),
-        axis.group,
+        Meter(axis.group),
     )
     moved_A = torch.empty_like(received_A)
     moved_A[here_A.argsort(stable=True)] = received_A

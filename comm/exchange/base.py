@@ -29,22 +29,55 @@ class Sums(Protocol):
         """The gradient of each weight; None: not needed."""
 
 
-class Passes(Protocol):
-    """Forward and backward pass of the local experts in pieces, without autograd."""
+class Run(Protocol):
+    """Some rows of one expert, in one of the passes."""
 
-    def forward(self, x_AD: Tensor, load: list[int], keep: bool, /) -> tuple[Tensor, list[Tensor]]:
-        """(y_AD, with ``keep`` what :meth:`hidden_gradients` likes to be given)."""
+    @property
+    def rows(self) -> slice:
+        """Which rows."""
+
+
+class Hidden(Run, Protocol):
+    """Their hidden activations."""
+
+    @property
+    def h_AH(self) -> Tensor:
+        """What :meth:`Passes.hidden_gradients` likes to be given."""
+
+
+class HiddenGradient(Run, Protocol):
+    """The gradient of these."""
+
+    @property
+    def dweight_A(self) -> Tensor | None:
+        """Gradient of the rows' weights, where they have any."""
+
+
+class Passes(Protocol):
+    """Forward and backward pass of the local experts in parts, without autograd."""
+
+    def hidden(self, x_AD: Tensor, load: list[int], /) -> Iterator[Hidden]:
+        """Of rows sorted by local expert, ``load`` for each."""
+
+    def result(self, part: Any, columns: slice, /) -> Tensor:
+        """Columns of y of its rows."""
 
     def hidden_gradients(
-        self, dy_AD: Tensor, x_AD: Tensor, load: list[int], kept: list[Tensor], /
-    ) -> Iterator[tuple[slice, Any]]:
-        """Pieces of the backward pass, each with its rows."""
+        self,
+        dy_AD: Tensor,
+        x_AD: Tensor,
+        load: list[int],
+        kept: list[Tensor],
+        weight_A: Tensor | None,
+        /,
+    ) -> Iterator[HiddenGradient]:
+        """Of the same runs. ``kept``: ``h_AH`` of each, or nothing."""
 
-    def row_gradient(self, piece: Any, /) -> Tensor:
-        """dx of a piece."""
+    def row_gradient(self, part: Any, columns: slice, /) -> Tensor:
+        """Columns of dx of its rows."""
 
     def weight_sums(self, needs: Sequence[bool], dtype: torch.dtype, /) -> Sums:
-        """Empty sums; each local expert is to have at least one piece, which may be empty."""
+        """Empty sums; each local expert is to have at least one part, which may be empty."""
 
 
 class SplitExperts(ExpertFunction, Protocol):

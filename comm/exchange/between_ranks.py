@@ -14,20 +14,31 @@ from torch.utils.checkpoint import checkpoint
 from coterie.comm.exchange.base import Rows, SplitExperts
 from coterie.comm.exchange.meter import Meter
 from coterie.comm.exchange.rounds import plan, rows_of_rounds
+from coterie.comm.exchange.rows import all_to_all_rows
+from coterie.comm.exchange.visits import visits
 from coterie.csrc.inverse import invert
 from coterie.csrc.permute import permute
 from coterie.csrc.unpermute import unpermute
 
 
 class Trip(NamedTuple):
-    """Who sends how many rows to whom, as this rank sees it; S and R count the group's ranks."""
+    """Who sends how much to whom, as this rank sees it; S and R count the group's ranks.
+
+    What travels is either rows, each for one expert, or tokens, each for all its experts on a rank
+    (``visit_A``, ``weight_A``).
+    """
 
     sent_R: list[int]
-    """Rows that go to each rank."""
+    """Rows or tokens that go to each rank."""
     received_R: list[int]
-    """Rows that come from each rank."""
+    """Rows or tokens that come from each rank."""
     load_SL: Tensor
     """int64: rows that come from each rank for each local expert."""
+    visit_A: Tensor | None = None
+    """int64: of the rows to compute, by (source rank, local expert), which of that rank's tokens
+    each is; None: rows travel."""
+    weight_A: Tensor | None = None
+    """Their combine weights, where tokens travel: the results of a token are to be summed."""
 
 
 class ExchangeBetweenRanks(ABC):
@@ -39,24 +50,35 @@ class ExchangeBetweenRanks(ABC):
     ranks, the rows go in rounds of about the mean. All rounds but the last keep
     nothing on the receiving side: they are sent and computed again in the backward pass. The
     results are the same, up to the order of sums. None: always one round.
+
+    ``deduplicate``: a token that goes to several experts of a rank is sent once, and the sum of its
+    results there comes back.
     """
 
-    def __init__(self, group: ProcessGroup, max_rows_factor: float | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        max_rows_factor: float | None = None,
+        deduplicate: bool = False,
+    ) -> None:
         self.group = group
         self.rank = group.rank()
         self.ranks = group.size()
         self.max_rows_factor = max_rows_factor
+        self.deduplicate = deduplicate
         self.meter = Meter(group)
         self.meters: Sequence[Meter] = (self.meter,)
 
     @abstractmethod
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
-        """The results, unweighted, of this rank's rows, which are sorted by (global) expert, hence
-        by the rank that holds it; differentiable. Every rank of the group calls."""
+        """The results of what this rank sends, sorted by the rank it goes to; differentiable.
+
+        Rows are sorted by (global) expert, and their results are not weighted; those of tokens are
+        summed over their rows on a rank. Every rank of the group calls."""
 
     def __call__(self, x_TD: Tensor, assignment: Rows, experts: SplitExperts) -> Tensor:
         with self.meter.counting(assignment.load_E):
-            load_SE = _gather(assignment.load_E, self.group)
+            load_SE = self._gather(assignment.load_E)
             sent_SR = self._between_ranks(load_SE)
         load_nSE = plan(load_SE, sent_SR, self.max_rows_factor)
         token_A, weight_A = assignment.token_A, assignment.weight_A
@@ -74,6 +96,12 @@ class ExchangeBetweenRanks(ABC):
         )
         return reduce(torch.add, rounds)
 
+    def _gather(self, count_E: Tensor) -> Tensor:
+        """``count_SE``: int64 counts of each source rank, the same on all ranks."""
+        count_SE = count_E.new_empty(self.ranks, count_E.numel())
+        dist.all_gather(list(count_SE), count_E.contiguous(), group=self.group)
+        return count_SE
+
     def _between_ranks(self, load_SE: Tensor) -> Any:
         """Rows from each source to each rank, as nested lists (…, S, R); waits for the device."""
         return load_SE.unflatten(-1, (self.ranks, -1)).sum(-1).tolist()
@@ -89,12 +117,10 @@ class ExchangeBetweenRanks(ABC):
         again: bool = False,
     ) -> Tensor:
         """``again``: keep ``x_TD``, and repeat the way there and the experts for the gradients."""
+        trip = self._trip(sent_SR, load_SE.unflatten(1, (self.ranks, -1))[:, self.rank])
+        if self.deduplicate:
+            token_A, trip = self._of_tokens(trip, token_A, weight_A, x_TD.shape[0])
         inverse = invert(token_A, x_TD.shape[0])
-        trip = Trip(
-            sent_SR[self.rank],
-            [sent_R[self.rank] for sent_R in sent_SR],
-            load_SE.unflatten(1, (self.ranks, -1))[:, self.rank],
-        )
 
         def there_and_back(x_TD: Tensor) -> Tensor:
             return self.travel(permute(x_TD, token_A, inverse), trip, experts)
@@ -103,11 +129,24 @@ class ExchangeBetweenRanks(ABC):
             returned_AD = checkpoint(there_and_back, x_TD, use_reentrant=False)
         else:
             returned_AD = there_and_back(x_TD)
-        return unpermute(returned_AD, weight_A, token_A, inverse)
+        return unpermute(returned_AD, None if self.deduplicate else weight_A, token_A, inverse)
 
+    def _trip(self, sent_SR: list[list[int]], load_SL: Tensor) -> Trip:
+        return Trip(sent_SR[self.rank], [sent_R[self.rank] for sent_R in sent_SR], load_SL)
 
-def _gather(load_E: Tensor, group: ProcessGroup) -> Tensor:
-    """int64 rows from each source rank for each expert, the same on all ranks."""
-    load_SE = load_E.new_empty(group.size(), load_E.numel())
-    dist.all_gather(list(load_SE), load_E.contiguous(), group=group)
-    return load_SE
+    def _of_tokens(
+        self, rows: Trip, token_A: Tensor, weight_A: Tensor, tokens: int
+    ) -> tuple[Tensor, Trip]:
+        """The tokens that go instead of ``rows``, and their trip; tells the ranks they go to what
+        is to be computed of each."""
+        mine = visits(token_A, rows.sent_R, tokens)
+        with self.meter.counting(mine.count_R):
+            sent_SR = self._gather(mine.count_R).tolist()
+
+        def sent(fact_A: Tensor) -> Tensor:
+            fact_A1 = fact_A[:, None]
+            return all_to_all_rows(fact_A1, rows.sent_R, rows.received_R, self.meter)[:, 0]
+
+        trip = self._trip(sent_SR, rows.load_SL)
+        trip = trip._replace(visit_A=sent(mine.visit_A), weight_A=sent(weight_A))
+        return mine.token_B, trip

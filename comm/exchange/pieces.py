@@ -1,0 +1,122 @@
+"""What travels between ranks, cut into pieces that are computed one by one."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coterie.comm.exchange.between_ranks import Trip
+from coterie.comm.exchange.plan import rounds_of
+from coterie.csrc.inverse import Inverse, invert
+from coterie.csrc.permute import permute
+from coterie.csrc.unpermute import unpermute
+
+
+class Piece(NamedTuple):
+    """Some of what one rank sends to another."""
+
+    peer: int
+    """The rank at the other end."""
+    number: int
+    """Its place among the pieces between the two."""
+    sent: slice
+    """Which of all that the sending rank sends, or of what it sends to this one."""
+
+    @property
+    def length(self) -> int:
+        """P: rows or tokens."""
+        return int(self.sent.stop - self.sent.start)
+
+
+class Route(NamedTuple):
+    """The pieces that a rank computes, and those that others compute for it."""
+
+    local: list[Piece]
+    inbound: list[Piece]
+    """From other ranks, in the order of rounds; ``sent`` counts from 0 for each of these."""
+    outbound: list[Piece]
+    """To other ranks, in the order in which they are asked for."""
+
+    @classmethod
+    def of(cls, trip: Trip, rank: int, pieces: int) -> "Route":
+        """Cut what travels on ``trip`` for ``rank``."""
+        own, *others = rounds_of(rank, len(trip.sent_R))
+        begin_R = [0, *torch.tensor(trip.sent_R).cumsum(0).tolist()]
+        return cls(
+            local=_cut(own, begin_R[own], trip.sent_R[own], pieces),
+            inbound=[p for peer in others for p in _cut(peer, 0, trip.received_R[peer], pieces)],
+            outbound=[
+                piece
+                for peer in reversed(others)
+                for piece in _cut(peer, begin_R[peer], trip.sent_R[peer], pieces)
+            ],
+        )
+
+
+def _cut(peer: int, begin: int, length: int, pieces: int) -> list[Piece]:
+    """Of equal length, up to one."""
+    edges = [begin + length * number // pieces for number in range(pieces + 1)]
+    return [Piece(peer, number, slice(*pair)) for number, pair in enumerate(pairwise(edges))]
+
+
+class Job(NamedTuple):
+    """What a rank computes of one piece: A rows, sorted by local expert."""
+
+    load: list[int]
+    """Rows for each local expert."""
+    row_A: Tensor | None = None
+    """int64: the token of the piece that each row is of; None: the piece is these rows."""
+    inverse: Inverse | None = None
+    """Of ``row_A``."""
+    weighed_A: Tensor | None = None
+    """int64: where the weight of each row stands in ``Trip.weight_A``."""
+
+    def rows(self, x_PD: Tensor) -> Tensor:
+        """x_AD, of what the piece holds."""
+        if self.row_A is None or self.inverse is None:
+            return x_PD
+        return permute(x_PD, self.row_A, self.inverse)
+
+    def sums(self, y_AD: Tensor, weight_A: Tensor | None) -> Tensor:
+        """y_PD: results of rows, weighted, as results of what the piece holds."""
+        if self.row_A is None or self.inverse is None:
+            return y_AD
+        return unpermute(y_AD, weight_A, self.row_A, self.inverse)
+
+
+def jobs(route: Route, trip: Trip, rank: int) -> list[Job]:
+    """Of the local pieces, then of the inbound ones."""
+    if trip.visit_A is not None:
+        return _jobs_of_tokens(route, trip, trip.visit_A, rank)
+    load_SL = trip.load_SL.tolist()
+    # local pieces count among all that this rank sends
+    first = sum(trip.sent_R[:rank])
+    local = [Job(_within(load_SL[rank], piece.sent, first)) for piece in route.local]
+    return local + [Job(_within(load_SL[piece.peer], piece.sent, 0)) for piece in route.inbound]
+
+
+def _within(load: list[int], rows: slice, first: int) -> list[int]:
+    """Of rows sorted by expert, ``load`` for each, from row ``first`` on: those in ``rows``."""
+    ends = torch.tensor([first, *load]).cumsum(0).clamp(rows.start, rows.stop)
+    found: list[int] = ends.diff().tolist()
+    return found
+
+
+def _jobs_of_tokens(route: Route, trip: Trip, visit_A: Tensor, rank: int) -> list[Job]:
+    load_SL = trip.load_SL
+    experts = torch.arange(load_SL.shape[1], device=load_SL.device)
+    rows_S = load_SL.sum(1).tolist()
+    begin_S = [0, *torch.tensor(rows_S).cumsum(0).tolist()]
+    own = sum(trip.sent_R[:rank])
+    found = []
+    for piece, first in [(p, own) for p in route.local] + [(p, 0) for p in route.inbound]:
+        begin, end = begin_S[piece.peer : piece.peer + 2]
+        token_A = visit_A[begin:end] + first - piece.sent.start
+        mine_A = ((token_A >= 0) & (token_A < piece.length)).nonzero()[:, 0]
+        expert_A = experts.repeat_interleave(load_SL[piece.peer])[mine_A]
+        load_L = torch.bincount(expert_A, minlength=len(experts))
+        row_A = token_A[mine_A]
+        inverse = invert(row_A, piece.length)
+        found.append(Job(load_L.tolist(), row_A, inverse, begin + mine_A))
+    return found
