@@ -39,6 +39,10 @@ class Axes:
     """Place among those that split the width of the same experts."""
     expert: Axis = Axis("expert")
     """The ranks that rows travel between: ep × etp, etp fastest."""
+    expert_node: Axis = Axis("expert_node")
+    """Those of them that share a node."""
+    expert_across: Axis = Axis("expert_across")
+    """Those of them, one on each node, that have the same place in it."""
     sequence: Axis = Axis("sequence")
     """The ranks that hold parts of the same sequences: cp × tp, tp fastest."""
     data: Axis = Axis("data")

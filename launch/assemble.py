@@ -5,7 +5,7 @@ from pathlib import Path
 
 from coterie.data import DataConfig, TokenDataset, open_dataset, prepare
 from coterie.launch.config import RunConfig
-from coterie.parallel.distributed import Ranks, agreed, start
+from coterie.parallel.distributed import Ranks, agreed, on_nodes, start
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.precision import parameter_dtype, resolve
 from coterie.parallel.rules import blocks_of_stages, layout_of
@@ -13,7 +13,8 @@ from coterie.parallel.rules import blocks_of_stages, layout_of
 
 def join(config: RunConfig, world: int) -> Ranks:
     """Check that ``world`` processes can run ``config``, and join them. UserError when not."""
-    return start(layout_of(config.parallel, world, config.model), config.train.timeout)
+    layout = layout_of(on_nodes(config.parallel), world, config.model)
+    return start(layout, config.train.timeout)
 
 
 def data_cache() -> Path:

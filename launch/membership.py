@@ -1,6 +1,7 @@
 """Where this process stands when something else started it: torchrun, SLURM, or coterie itself."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ def _join_slurm(found: Mapping[str, str]) -> Membership | None:
     if world == 1:
         return None  # one task is no group: it may start processes of its own
     rank = _number(found, "SLURM_PROCID")
+    if per_node := _tasks_per_node(found):
+        os.environ["LOCAL_WORLD_SIZE"] = per_node
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -62,6 +65,15 @@ def _join_slurm(found: Mapping[str, str]) -> Membership | None:
         MASTER_PORT=found.get("MASTER_PORT") or str(slurm_port(found)),
     )
     return Membership("SLURM", rank, world)
+
+
+def _tasks_per_node(found: Mapping[str, str]) -> str | None:
+    """How many tasks each node of the step has, where all have as many and are numbered node by
+    node."""
+    if not found.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+        return None
+    alike = re.fullmatch(r"(\d+)(\(x\d+\))?", found.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return alike and alike[1]
 
 
 def slurm_port(found: Mapping[str, str]) -> int:

@@ -94,9 +94,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = axes
-        self.exchange: Exchange = exchange or config.exchange.over(
-            axes.expert, config.max_rows_factor
-        )
+        self.exchange: Exchange = exchange or config.exchange.over(axes, config.max_rows_factor)
         self.router: Router = config.router.build(width, config.experts.count, axes)
         self.experts = Experts(width, config.experts, axes.ep, axes.etp, recompute)
         self.shared = (

@@ -16,7 +16,7 @@ from coterie.comm.axis import Axes
 from coterie.comm.gloo import schedule_as_batch
 from coterie.comm.objects import gather_objects
 from coterie.core.errors import UserError
-from coterie.parallel.layout import AXES, Coordinates, Layout
+from coterie.parallel.layout import AXES, Coordinates, Layout, LayoutConfig
 
 T = TypeVar("T")
 
@@ -70,6 +70,14 @@ class Ranks:
 def world_from_environment() -> tuple[int, int]:
     """(rank, world) as torchrun's variables say; (0, 1) without them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_nodes(config: LayoutConfig) -> LayoutConfig:
+    """``config`` with the ranks on each node that the launcher names, if it names none itself."""
+    found = os.environ.get("LOCAL_WORLD_SIZE")
+    if config.node is not None or found is None:
+        return config
+    return config.model_copy(update={"node": int(found)})
 
 
 def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:

@@ -59,6 +59,9 @@ class LayoutConfig(Config):
     dp_replicate: int | None = Field(default=None, ge=1)
     """Data-parallel copies of all that (HSDP when dp_shard > 1); null: what is left of the number
     of processes."""
+    node: int | None = Field(default=None, ge=1)
+    """Ranks on each node, which are numbered node by node; null: as the launcher says
+    (LOCAL_WORLD_SIZE). Only `model.moe.exchange.route` `nodes` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ _AXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "replicate": ("dense_grid", ("replicate",)),
     "shard": ("dense_grid", ("shard",)),
     "expert": ("expert_grid", ("ep", "etp")),
+    "expert_node": ("expert_grid", ("ep", "etp")),
+    "expert_across": ("expert_grid", ("ep", "etp")),
     "etp": ("expert_grid", ("etp",)),
     "expert_replicate": ("expert_grid", ("expert_replicate",)),
     "expert_shard": ("expert_grid", ("expert_shard",)),
@@ -95,7 +100,8 @@ AXES = tuple(_AXES)
 """The kinds of process group: ``pp`` a pipeline; ``tp``, ``cp``; ``sequence`` the ranks that hold
 parts of the same sequences (cp × tp); ``data`` all that hold tokens of the same stage;
 ``replicate`` and ``shard`` of dense parameters; ``expert`` the ranks that rows travel between
-(ep × etp), ``etp`` those that split the same experts, and the ``expert_replicate`` and
+(ep × etp), ``expert_node`` those of them on one node, ``expert_across`` those with the same place
+on each; ``etp`` those that split the same experts, and the ``expert_replicate`` and
 ``expert_shard`` of expert parameters."""
 
 _DIMENSIONS = {
@@ -118,6 +124,8 @@ class Layout:
     etp: int = 1
     dp_shard: int = 1
     dp_replicate: int = 1
+    node: int | None = None
+    """Ranks on each node; None: all are on one."""
 
     @property
     def world(self) -> int:
@@ -162,6 +170,18 @@ class Layout:
         return self.stage_ranks // (self.expert_shard * self.ep * self.etp)
 
     @cached_property
+    def expert_node(self) -> int:
+        """Ranks of an exchange that share a node; 1 where it has more on one node than on
+        another."""
+        node_GR = self.groups("expert") // (self.node or self.world)
+        each = int((node_GR == node_GR[:, :1]).sum(1).min())
+        if node_GR.shape[1] % each:
+            return 1
+        node_GNR = node_GR.reshape(len(node_GR), -1, each)
+        alike = (node_GNR == node_GNR[:, :, :1]).all() and (np.diff(node_GNR[:, :, 0]) > 0).all()
+        return each if alike else 1
+
+    @cached_property
     def _grids(self) -> dict[str, Grid]:
         sizes = {
             "data_grid": (self.pp, self.dp, self.cp, self.tp),
@@ -183,7 +203,13 @@ class Layout:
         last = [dimensions.index(dimension) for dimension in chosen]
         first = [n for n in range(grid.ndim) if n not in last]
         size = prod(grid.shape[n] for n in last)
-        return grid.transpose(first + last).reshape(-1, size)
+        groups = grid.transpose(first + last).reshape(-1, size)
+        if axis == "expert_node":
+            return groups.reshape(-1, self.expert_node)
+        if axis == "expert_across":
+            by_node = groups.reshape(len(groups), -1, self.expert_node)
+            return by_node.transpose(0, 2, 1).reshape(-1, by_node.shape[1])
+        return groups
 
     def coordinates(self, rank: int) -> Coordinates:
         """Where ``rank`` is."""
@@ -197,12 +223,15 @@ class Layout:
         """What the layers of a model on ``rank`` are split over, with the process groups of those
         axes that have one."""
         place = self.coordinates(rank)
+        expert, experts = place.ep * self.etp + place.etp, self.ep * self.etp
         sizes = {
             "tp": (place.tp, self.tp),
             "cp": (place.cp, self.cp),
             "ep": (place.ep, self.ep),
             "etp": (place.etp, self.etp),
-            "expert": (place.ep * self.etp + place.etp, self.ep * self.etp),
+            "expert": (expert, experts),
+            "expert_node": (expert % self.expert_node, self.expert_node),
+            "expert_across": (expert // self.expert_node, experts // self.expert_node),
             "sequence": (place.cp * self.tp + place.tp, self.cp * self.tp),
             "data": (
                 (place.dp * self.cp + place.cp) * self.tp + place.tp,

@@ -56,6 +56,7 @@ def _layout(config: LayoutConfig, world: int) -> Layout:
         etp=config.etp,
         dp_shard=config.dp_shard,
         dp_replicate=config.dp_replicate or world // others,
+        node=config.node,
     )
 
 
@@ -70,6 +71,7 @@ def _problems(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterato
     yield from _experts(config, world, model)
     yield from _pipeline(config, model)
     yield from _shared_depth(config, model)
+    yield from _nodes(config, world, model)
 
 
 def _world(config: LayoutConfig, world: int) -> Iterator[str]:
@@ -178,6 +180,19 @@ def _shared_depth(config: LayoutConfig, model: DecoderConfig) -> Iterator[str]:
                 f"{blocks.stop - 1}, but groups of model.shared_depth {model.shared_depth} blocks "
                 "share their layers and must be on one stage"
             )
+
+
+def _nodes(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[str]:
+    if model.moe is None or model.moe.exchange.route != "nodes" or config.node is None:
+        return
+    layout = _layout(config, world)
+    node_GR = layout.groups("expert") // config.node
+    shared = (node_GR == node_GR[:, :1]).sum(1).max()
+    if layout.expert_node != shared:
+        yield (
+            f"parallel.node is {config.node}, which spreads the {layout.ep * layout.etp} ranks of "
+            "ep × etp unevenly over nodes, but model.moe.exchange.route is nodes"
+        )
 
 
 def _advice(config: LayoutConfig, world: int, model: DecoderConfig) -> str:

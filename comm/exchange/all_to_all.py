@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from coterie.comm.exchange.base import Exchange, SplitExperts
+from coterie.comm.exchange.base import SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
+from coterie.comm.exchange.local import LocalExchange
 from coterie.comm.exchange.rows import all_to_all_rows
 from coterie.csrc.inverse import invert
 from coterie.csrc.permute import permute
@@ -17,29 +17,16 @@ class AllToAllExchange(ExchangeBetweenRanks):
     """Rows go to the rank that holds their expert and come back, over any backend.
 
     The backward pass takes the same ways with the gradients.
-
-    ``onward``: the exchange that takes tokens on from the rank they were sent to. There are tokens
-    only with ``deduplicate``, and then there must be one.
     """
-
-    def __init__(
-        self,
-        group: ProcessGroup,
-        max_rows_factor: float | None = None,
-        onward: Exchange | None = None,
-    ) -> None:
-        super().__init__(group, max_rows_factor, deduplicate=onward is not None)
-        self.onward = onward
-        if onward is not None:
-            self.meters = (self.meter, *onward.meters)
 
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
         """All rows go, then all experts compute, then all results come."""
         received_AD = all_to_all_rows(sent_AD, trip.sent_R, trip.received_R, self.meter)
-        if self.onward is None:
-            y_AD = _compute(received_AD, trip.load_SL, experts)
+        if self.deduplicate:
+            onward = self.onward or LocalExchange()
+            y_AD = onward(received_AD, received_rows(trip), experts)
         else:
-            y_AD = self.onward(received_AD, received_rows(trip), experts)
+            y_AD = _compute(received_AD, trip.load_SL, experts)
         return all_to_all_rows(y_AD, trip.received_R, trip.sent_R, self.meter)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from coterie.comm.exchange.base import Rows, SplitExperts
+from coterie.comm.exchange.base import Exchange, Rows, SplitExperts
 from coterie.comm.exchange.meter import Meter
 from coterie.comm.exchange.rounds import plan, rows_of_rounds
 from coterie.comm.exchange.rows import all_to_all_rows
@@ -53,6 +53,10 @@ class ExchangeBetweenRanks(ABC):
 
     ``deduplicate``: a token that goes to several experts of a rank is sent once, and the sum of its
     results there comes back.
+
+    ``onward``: the exchange that takes tokens on from the rank they were sent to; None: they have
+    arrived. It needs ``deduplicate``. Where it goes between ranks too, rounds are its own: those
+    that share it need not have as many here (raises ValueError).
     """
 
     def __init__(
@@ -60,14 +64,20 @@ class ExchangeBetweenRanks(ABC):
         group: ProcessGroup,
         max_rows_factor: float | None = None,
         deduplicate: bool = False,
+        onward: Exchange | None = None,
     ) -> None:
+        if onward is not None and not deduplicate:
+            raise ValueError("rows have one expert each, and cannot go onward: deduplicate")
+        if onward is not None and onward.ranks > 1 and max_rows_factor is not None:
+            raise ValueError("max_rows_factor is for the exchange that goes onward")
         self.group = group
         self.rank = group.rank()
         self.ranks = group.size()
         self.max_rows_factor = max_rows_factor
         self.deduplicate = deduplicate
         self.meter = Meter(group)
-        self.meters: Sequence[Meter] = (self.meter,)
+        self.onward = onward
+        self.meters: Sequence[Meter] = (self.meter, *(onward.meters if onward else ()))
 
     @abstractmethod
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:

@@ -46,7 +46,10 @@ class Arrival:
 
 
 class Mail(Protocol):
-    """Sends and receives between the ranks of a meter's group, which ``Message.peer`` counts."""
+    """Sends and receives between the ranks of a group, which ``Message.peer`` counts."""
+
+    meter: Meter
+    """The group's."""
 
     def receive(self, messages: Iterable[Message]) -> list[Arrival]:
         """Ask for messages in this order, after those that were asked for before."""

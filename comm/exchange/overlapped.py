@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from coterie.comm.exchange.base import Passes, SplitExperts
+from coterie.comm.exchange.base import Exchange, SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
 from coterie.comm.exchange.mail import Mail, Message, StreamMail, ThreadMail
-from coterie.comm.exchange.pieces import Job, Piece, Route, jobs
+from coterie.comm.exchange.pieces import Piece, Route, jobs, rows_of_pieces
+from coterie.comm.exchange.work import LocalWork, OnwardWork, Work
 from coterie.csrc.twins import acc_dtype
 
 
@@ -38,11 +39,12 @@ class OverlappedExchange(ExchangeBetweenRanks):
         group: ProcessGroup,
         max_rows_factor: float | None = None,
         deduplicate: bool = False,
-        pieces: int = 4,
+        onward: Exchange | None = None,
+        pieces: int = 2,
         slabs: int = 1,
         ahead: int = 2,
     ) -> None:
-        super().__init__(group, max_rows_factor, deduplicate)
+        super().__init__(group, max_rows_factor, deduplicate, onward)
         self.pieces, self.slabs = pieces, slabs
         by_stream = dist.get_backend(group) == dist.Backend.NCCL
         self.mail: Mail = StreamMail(self.meter) if by_stream else ThreadMail(self.meter, ahead)
@@ -51,20 +53,22 @@ class OverlappedExchange(ExchangeBetweenRanks):
         """Every piece is computed once it is there."""
         weights = experts.weights()
         sent_AD = sent_AD.to(weights[0].dtype)
-        width = sent_AD.shape[1]
-        edges = [width * slab // self.slabs for slab in range(self.slabs + 1)]
         route = Route.of(trip, self.rank, self.pieces)
-        columns = [slice(*pair) for pair in pairwise(edges)]
-        way = _Way(self.mail, route, columns, trip.sent_R, trip.received_R)
-        work = _Work(experts, jobs(route, trip, self.rank))
+        slabs = _slabs(sent_AD.shape[1], self.slabs)
+        work: Work
+        if self.onward is None:
+            work = LocalWork(jobs(route, trip, self.rank), experts, slabs)
+        else:
+            rows = rows_of_pieces(route, trip, self.rank)
+            work = OnwardWork(rows, self.onward, experts, slabs)
+        way = _Way(self.mail, route, trip.sent_R, trip.received_R)
         returned_AD: Tensor = _Overlapped.apply(sent_AD, trip.weight_A, way, work, *weights)
         return returned_AD
 
 
-class _Work(NamedTuple):
-    experts: SplitExperts
-    jobs: list[Job]
-    """Of the local pieces, then of the inbound ones."""
+def _slabs(width: int, count: int) -> list[slice]:
+    edges = [width * slab // count for slab in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]
 
 
 class _Overlapped(torch.autograd.Function):
@@ -72,103 +76,61 @@ class _Overlapped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        sent_AD: Tensor,
-        weight_A: Tensor | None,
-        way: "_Way",
-        work: _Work,
+        ctx: Any, sent_AD: Tensor, weight_A: Tensor | None, way: "_Way", work: Work,
         *weights: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         passes = work.experts.passes(*weights)
         keep = any(ctx.needs_input_grad)
-        x: list[Tensor] = [sent_AD] * len(work.jobs)
-        kept: list[list[Tensor]] = [[] for _ in work.jobs]
 
         def compute(number: int, x_PD: Tensor) -> Iterator[Tensor]:
-            job = work.jobs[number]
-            parts = list(passes.hidden(job.rows(x_PD), job.load))
-            if keep:
+            if keep and number < len(way.route.local):
                 # what this rank sent to others is not to be kept with what it sent to itself
-                x[number] = x_PD.clone() if number < len(way.route.local) else x_PD
-                if work.experts.keeps:
-                    kept[number] = [part.h_AH for part in parts]
-            own_A = _of(weight_A, job)
-            for columns in way.columns:
-                yield job.sums(_joined(passes.result, parts, columns, x_PD), own_A)
+                x_PD = x_PD.clone()
+            return work.forward(number, x_PD, weight_A, passes, keep)
 
-        returned_AD = way.there_and_back(sent_AD, compute, lambda: False)
+        returned_AD = way.there_and_back(sent_AD, work, compute, lambda: False)
         if keep:
-            products = (product for own in kept for product in own)
-            ctx.save_for_backward(weight_A, *weights, *x, *products)
+            ctx.save_for_backward(weight_A, *weights, *work.kept())
         ctx.way, ctx.work, ctx.weights = way, work, len(weights)
-        ctx.products = [len(own) for own in kept]
         return returned_AD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dreturned_AD: Tensor) -> tuple[Tensor | None, ...]:
-        work: _Work = ctx.work
-        weight_A, *others = ctx.saved_tensors
-        saved = iter(others)
-        weights = [next(saved) for _ in range(ctx.weights)]
-        x = [next(saved) for _ in work.jobs]
-        kept = [[next(saved) for _ in range(count)] for count in ctx.products]
-        passes: Passes = work.experts.passes(*weights)
+        work: Work = ctx.work
+        weight_A, *saved = ctx.saved_tensors
+        weights = saved[: ctx.weights]
+        work.give_back(saved[ctx.weights :])
+        del saved
+        passes = work.experts.passes(*weights)
         needs = ctx.needs_input_grad[-len(weights) :]
         sums = passes.weight_sums(needs, acc_dtype(dreturned_AD))
-        later: list[deque[Any]] = [deque() for _ in work.jobs]
-        computed = [False] * len(work.jobs)
         dweight_A = None if weight_A is None else torch.empty_like(weight_A)
 
         def compute(number: int, dy_PD: Tensor) -> Iterator[Tensor]:
-            job = work.jobs[number]
-            x_AD, dy_AD = job.rows(x[number]), job.rows(dy_PD)
-            own_A = _of(weight_A, job)
-            parts = list(passes.hidden_gradients(dy_AD, x_AD, job.load, kept[number], own_A))
-            kept[number].clear()
-            if dweight_A is not None and job.weighed_A is not None:
-                dweight_A[job.weighed_A] = torch.cat(
-                    [part.dweight_A for part in parts if part.dweight_A is not None]
-                )
-            for columns in ctx.way.columns:
-                yield job.sums(_joined(passes.row_gradient, parts, columns, dy_PD), None)
-            later[number].extend(parts)
-            computed[number] = True
+            return work.backward(number, dy_PD, weight_A, dweight_A, passes)
 
-        weight_sums = _InOrder(later, computed, sums.add if any(needs) else None)
-        dsent_AD = ctx.way.there_and_back(dreturned_AD.contiguous(), compute, weight_sums.one)
+        weight_sums = _InOrder(work, sums.add if any(needs) else None)
+        dreturned_AD = dreturned_AD.contiguous()
+        dsent_AD = ctx.way.there_and_back(dreturned_AD, work, compute, weight_sums.one)
         while weight_sums.one():
             pass
+        work.end()
         return dsent_AD, dweight_A, None, None, *sums.to(dreturned_AD.dtype)
 
 
-def _of(weight_A: Tensor | None, job: Job) -> Tensor | None:
-    return None if weight_A is None or job.weighed_A is None else weight_A[job.weighed_A]
-
-
-def _joined(
-    function: Callable[[Any, slice], Tensor], parts: list[Any], columns: slice, like: Tensor
-) -> Tensor:
-    """Columns of all rows, of which each part has some."""
-    rows = max((part.rows.stop for part in parts), default=0)
-    y_AS = like.new_empty(rows, columns.stop - columns.start)
-    for part in parts:
-        y_AS[part.rows] = function(part, columns)
-    return y_AS
-
-
 class _Way(NamedTuple):
-    """There and back, in pieces and slabs."""
+    """There and back in pieces, the results in slabs of columns."""
 
     mail: Mail
     route: Route
-    columns: list[slice]
     sent_R: list[int]
     received_R: list[int]
 
     def there_and_back(
         self,
         sent_AD: Tensor,
+        work: Work,
         compute: Callable[[int, Tensor], Iterator[Tensor]],
         fill: Callable[[], bool],
     ) -> Tensor:
@@ -177,79 +139,78 @@ class _Way(NamedTuple):
         ``compute``: the results of a piece, slab by slab. ``fill``: do something that nobody waits
         for, if there is anything, and say so; called where this rank would wait otherwise.
         """
-        mail, route = self.mail, self.route
+        mail, route, columns = self.mail, self.route, work.slabs
         self._note(sent_AD)
         returned_AD = torch.empty_like(sent_AD)
         there = mail.receive(
             Message(sent_AD.new_empty(piece.length, sent_AD.shape[1]), piece.peer, piece.number)
             for piece in route.inbound
         )
-        slabs = [(piece, *slab) for piece in route.outbound for slab in enumerate(self.columns)]
+        slabs = [(piece, number) for piece in route.outbound for number in range(len(columns))]
         home = mail.receive(
-            Message(self._room(returned_AD, piece, columns), piece.peer, self._tag(piece, slab))
-            for piece, slab, columns in slabs
+            Message(
+                _room(returned_AD, piece, columns[number], len(columns)),
+                piece.peer,
+                self._tag(piece, number, len(columns)),
+            )
+            for piece, number in slabs
         )
         for piece in route.outbound:
             mail.send(Message(sent_AD[piece.sent], piece.peer, piece.number))
 
-        local, inbound = (
-            deque(enumerate(route.local)),
-            deque(zip(route.inbound, there, strict=True)),
-        )
+        local = deque(enumerate(route.local))
+        inbound = deque(enumerate(zip(route.inbound, there, strict=True), start=len(local)))
         while local or inbound:
-            if inbound and (inbound[0][1].ready() or not local):
-                piece, arrival = inbound[0]
+            if not local or (inbound and not work.in_order and inbound[0][1][1].ready()):
+                number, (piece, arrival) = inbound[0]
                 if not arrival.ready() and fill():
                     continue
                 inbound.popleft()
-                number = len(route.local) + len(route.inbound) - len(inbound) - 1
                 for slab, y_PS in enumerate(compute(number, mail.wait(arrival))):
-                    mail.send(Message(y_PS, piece.peer, self._tag(piece, slab)))
+                    mail.send(Message(y_PS, piece.peer, self._tag(piece, slab, len(columns))))
             else:
                 number, piece = local.popleft()
-                slabs_of_own = compute(number, sent_AD[piece.sent])
-                for columns, y_PS in zip(self.columns, slabs_of_own, strict=True):
-                    returned_AD[piece.sent, columns] = y_PS
-        for (piece, _, columns), arrival in zip(slabs, home, strict=True):
+                for slab, y_PS in enumerate(compute(number, sent_AD[piece.sent])):
+                    returned_AD[piece.sent, columns[slab]] = y_PS
+        for (piece, slab), arrival in zip(slabs, home, strict=True):
             while not arrival.ready() and fill():
                 pass
             y_PS = mail.wait(arrival)
-            if len(self.columns) > 1:
-                returned_AD[piece.sent, columns] = y_PS
+            if len(columns) > 1:
+                returned_AD[piece.sent, columns[slab]] = y_PS
         mail.finish()
         return returned_AD
 
-    def _tag(self, piece: Piece, slab: int) -> int:
+    def _tag(self, piece: Piece, slab: int, slabs: int) -> int:
         """Of results: all above those of what is sent there."""
-        return len(self.route.local) + piece.number * len(self.columns) + slab
-
-    def _room(self, returned_AD: Tensor, piece: Piece, columns: slice) -> Tensor:
-        """Where a slab of results arrives: at its place, where that is not cut."""
-        if len(self.columns) == 1:
-            return returned_AD[piece.sent]
-        return returned_AD.new_empty(piece.length, columns.stop - columns.start)
+        return len(self.route.local) + piece.number * slabs + slab
 
     def _note(self, sent_AD: Tensor) -> None:
         self.mail.meter.ship(self.sent_R, self.received_R, sent_AD)
         self.mail.meter.ship(self.received_R, self.sent_R, sent_AD)
 
 
+def _room(returned_AD: Tensor, piece: Piece, columns: slice, slabs: int) -> Tensor:
+    """Where a slab of results arrives: at its place, where columns are not cut."""
+    if slabs == 1:
+        return returned_AD[piece.sent]
+    return returned_AD.new_empty(piece.length, columns.stop - columns.start)
+
+
 class _InOrder:
     """Parts that are added up piece after piece, in whichever order the pieces are computed."""
 
-    def __init__(
-        self, parts: list[deque[Any]], computed: list[bool], add: Callable[[Any], None] | None
-    ) -> None:
-        self.parts, self.computed, self.add = parts, computed, add
+    def __init__(self, work: Work, add: Callable[[Any], None] | None) -> None:
+        self.work, self.add = work, add
         self.at = 0
 
     def one(self) -> bool:
         """Add one part, if that of the next piece is there."""
         if self.add is None:
             return False
-        while self.at < len(self.parts) and self.computed[self.at]:
-            if self.parts[self.at]:
-                self.add(self.parts[self.at].popleft())
+        while self.at < len(self.work.done) and self.work.done[self.at]:
+            if parts := self.work.later[self.at]:
+                self.add(parts.popleft())
                 return True
             self.at += 1
         return False

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coterie.comm.exchange.all_to_all import ReceivedRows
 from coterie.comm.exchange.between_ranks import Trip
 from coterie.comm.exchange.plan import rounds_of
 from coterie.csrc.inverse import Inverse, invert
@@ -72,6 +73,10 @@ class Job(NamedTuple):
     weighed_A: Tensor | None = None
     """int64: where the weight of each row stands in ``Trip.weight_A``."""
 
+    def weights(self, weight_A: Tensor | None) -> Tensor | None:
+        """Of its rows, of those of all."""
+        return None if weight_A is None or self.weighed_A is None else weight_A[self.weighed_A]
+
     def rows(self, x_PD: Tensor) -> Tensor:
         """x_AD, of what the piece holds."""
         if self.row_A is None or self.inverse is None:
@@ -88,7 +93,7 @@ class Job(NamedTuple):
 def jobs(route: Route, trip: Trip, rank: int) -> list[Job]:
     """Of the local pieces, then of the inbound ones."""
     if trip.visit_A is not None:
-        return _jobs_of_tokens(route, trip, trip.visit_A, rank)
+        return _jobs_of_tokens(route, trip, rank)
     load_SL = trip.load_SL.tolist()
     # local pieces count among all that this rank sends
     first = sum(trip.sent_R[:rank])
@@ -103,20 +108,33 @@ def _within(load: list[int], rows: slice, first: int) -> list[int]:
     return found
 
 
-def _jobs_of_tokens(route: Route, trip: Trip, visit_A: Tensor, rank: int) -> list[Job]:
+def _jobs_of_tokens(route: Route, trip: Trip, rank: int) -> list[Job]:
+    lengths = [piece.length for piece in (*route.local, *route.inbound)]
+    return [
+        Job(rows.load_E.tolist(), rows.token_A, invert(rows.token_A, length), weighed_A)
+        for (rows, weighed_A), length in zip(
+            rows_of_pieces(route, trip, rank), lengths, strict=True
+        )
+    ]
+
+
+def rows_of_pieces(route: Route, trip: Trip, rank: int) -> list[tuple[ReceivedRows, Tensor]]:
+    """What is to be computed of the tokens of the local pieces, then of the inbound ones; and where
+    the weights of these rows stand in ``trip.weight_A``."""
+    assert trip.visit_A is not None and trip.weight_A is not None, "rows travel, not tokens"
     load_SL = trip.load_SL
     experts = torch.arange(load_SL.shape[1], device=load_SL.device)
-    rows_S = load_SL.sum(1).tolist()
-    begin_S = [0, *torch.tensor(rows_S).cumsum(0).tolist()]
+    begin_S = [0, *load_SL.sum(1).cumsum(0).tolist()]
     own = sum(trip.sent_R[:rank])
     found = []
     for piece, first in [(p, own) for p in route.local] + [(p, 0) for p in route.inbound]:
         begin, end = begin_S[piece.peer : piece.peer + 2]
-        token_A = visit_A[begin:end] + first - piece.sent.start
+        token_A = trip.visit_A[begin:end] + first - piece.sent.start
         mine_A = ((token_A >= 0) & (token_A < piece.length)).nonzero()[:, 0]
         expert_A = experts.repeat_interleave(load_SL[piece.peer])[mine_A]
+        weighed_A = begin + mine_A
         load_L = torch.bincount(expert_A, minlength=len(experts))
-        row_A = token_A[mine_A]
-        inverse = invert(row_A, piece.length)
-        found.append(Job(load_L.tolist(), row_A, inverse, begin + mine_A))
+        weight_A = trip.weight_A[weighed_A].detach()
+        rows = ReceivedRows(token_A[mine_A], expert_A, weight_A, load_L)
+        found.append((rows, weighed_A))
     return found

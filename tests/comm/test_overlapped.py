@@ -1,16 +1,15 @@
 """The exchanges between ranks give what the plain one gives, in float64, whatever is late."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from coterie.comm.axis import expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.comm.exchange.base import Exchange
-from coterie.comm.exchange.local import LocalExchange
 from coterie.comm.exchange.mail import StreamMail
 from coterie.comm.exchange.overlapped import OverlappedExchange
 from tests.comm.test_all_to_all import CASES, LIMIT, _inputs, _layer, _step
@@ -18,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.moe.tiny import error
 
 MADE: dict[str, Callable[[ProcessGroup], Exchange]] = {
-    "tokens": lambda group: AllToAllExchange(group, onward=LocalExchange()),
+    "tokens": lambda group: AllToAllExchange(group, deduplicate=True),
     "one piece": lambda group: OverlappedExchange(group, pieces=1),
     "pieces": lambda group: OverlappedExchange(group, pieces=3),
     "slabs": lambda group: OverlappedExchange(group, pieces=1, slabs=3, ahead=1),
@@ -30,6 +29,12 @@ MADE: dict[str, Callable[[ProcessGroup], Exchange]] = {
     "rounds of tokens": lambda group: OverlappedExchange(group, 1.0, deduplicate=True, pieces=2),
     "rounds": lambda group: OverlappedExchange(group, 1.0, pieces=2),
 }
+BY_NODES: dict[str, Callable[[ProcessGroup, Exchange], Exchange]] = {
+    "nodes": lambda across, inside: AllToAllExchange(across, deduplicate=True, onward=inside),
+    "nodes, overlapped": lambda across, inside: OverlappedExchange(
+        across, deduplicate=True, pieces=2, slabs=2, onward=inside
+    ),
+}
 
 
 def by_streams(exchange: OverlappedExchange) -> OverlappedExchange:
@@ -38,17 +43,35 @@ def by_streams(exchange: OverlappedExchange) -> OverlappedExchange:
     return exchange
 
 
+def _everyone() -> ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def _every_exchange(rank: int, world: int) -> dict[str, Exchange]:
+    group = _everyone()
+    made = {kind: make(group) for kind, make in MADE.items()}
+    if world == 4:
+        nodes = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+        across = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+        for kind, by_nodes in BY_NODES.items():
+            inside = AllToAllExchange(nodes[rank // 2], 1.0, deduplicate=True)
+            made[kind] = by_nodes(across[rank % 2], inside)
+            rows = AllToAllExchange(nodes[rank // 2], deduplicate=True)
+            made[f"{kind}, no rounds"] = by_nodes(across[rank % 2], rows)
+    return made
+
+
 def _compare(rank: int, world: int) -> dict[str, dict[str, float]]:
-    group = dist.group.WORLD
-    assert group is not None
+    made = _every_exchange(rank, world)
     errors: dict[str, dict[str, float]] = {}
     for name, case in CASES.items():
-        axes = expert_parallel(group)
+        axes = expert_parallel(_everyone())
         arguments = _inputs(case, world)[rank]
         right = _step(_layer(case, axes), *arguments)
-        for kind, make in MADE.items():
+        for kind, exchange in made.items():
             ours = _layer(case, axes)
-            ours.exchange = make(group)
+            ours.exchange = exchange
             found = _step(ours, *arguments)
             errors[f"{name}, {kind}"] = {what: error(found[what], right[what]) for what in right}
     return errors
@@ -59,3 +82,25 @@ def test_the_plain_exchanges_numbers(world: int) -> None:
     for errors in run_ranks(world, _compare, world):
         for name, by_what in errors.items():
             assert max(by_what.values()) < LIMIT, (name, by_what)
+
+
+def _twice(rank: int, world: int) -> dict[str, float]:
+    """Errors of gradients that are made in two passes, as zero-bubble schedules do."""
+    errors = {}
+    x_TD, info, dy_TD = _inputs(CASES["uneven"], world)[rank]
+    for kind, exchange in _every_exchange(rank, world).items():
+        layer = _layer(CASES["uneven"], expert_parallel(_everyone()))
+        layer.exchange = exchange
+        x_TD.requires_grad_()
+        weights = [layer.experts.w_in_EPFD, layer.experts.w_out_EFD]
+        loss = (layer(x_TD, info).y * dy_TD).sum()
+        right = torch.autograd.grad(loss, [x_TD, *weights], retain_graph=True)
+        found = torch.autograd.grad(loss, [x_TD], retain_graph=True)
+        found += torch.autograd.grad(loss, weights)
+        errors[kind] = max(error(f, r) for f, r in zip(found, right, strict=True))
+    return errors
+
+
+def test_gradients_in_two_passes() -> None:
+    for errors in run_ranks(4, _twice, 4):
+        assert max(errors.values()) == 0, errors

@@ -47,6 +47,24 @@ def test_slurm_step() -> None:
 
 
 @pytest.mark.parametrize(
+    ("facts", "per_node"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "4"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_DISTRIBUTION": "block:cyclic"}, "8"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_DISTRIBUTION": "cyclic"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,5"}, None),
+        ({}, None),
+    ],
+)
+def test_tasks_of_each_node(
+    facts: dict[str, str], per_node: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    join({**STEP, **facts})
+    assert os.environ.pop("LOCAL_WORLD_SIZE", None) == per_node
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"SLURM_NTASKS": "1"},

@@ -51,13 +51,27 @@ BIASED: dict[str, Any] = {
 OVERLAPPED: dict[str, Any] = {
     "experts": {"count": 8, "hidden": 8},
     "router": {"k": 2, "capacity_factor": 1.5},
-    "exchange": {"kind": "overlapped", "pieces": 3},
+    "exchange": {"kind": "overlapped", "pieces": 3, "slabs": 2},
 }
+TOKENS: dict[str, Any] = {**OVERLAPPED, "exchange": {"kind": "overlapped", "route": "tokens"}}
+NODES: dict[str, Any] = {**OVERLAPPED, "exchange": {"kind": "overlapped", "route": "nodes"}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "overlapped": {"model": {"moe": OVERLAPPED, "attention": ATTENTION}},
     "overlapped, recomputed": {
         "model": {"moe": {**OVERLAPPED, "max_rows_factor": 1.0}, "attention": ATTENTION},
         "train": {"recompute": "full"},
+    },
+    "overlapped, by tokens, recomputed": {
+        "model": {"moe": {**TOKENS, "max_rows_factor": 1.0}, "attention": ATTENTION},
+        "train": {"recompute": "full"},
+    },
+    "overlapped, by nodes": {"model": {"moe": NODES, "attention": ATTENTION}},
+    "overlapped, by nodes, recomputed": {
+        "model": {"moe": {**NODES, "max_rows_factor": 1.0}, "attention": ATTENTION},
+        "train": {"recompute": "full"},
+    },
+    "by nodes": {
+        "model": {"moe": {**NODES, "exchange": {"route": "nodes"}}, "attention": ATTENTION},
     },
     "gate head": {"model": {"attention": {**ATTENTION, "gate": "head"}}},
     "gate element": {"model": {"attention": {**ATTENTION, "gate": "element"}}},
@@ -90,10 +104,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shard": {"dp_shard": 4},
     "tp etp": {"tp": 4, "etp": 4},
     "zero bubble": {"pp": 2, "schedule": "zero_bubble", "ep": 2},
+    "nodes": {"ep": 4, "node": 2},
+    "nodes, etp": {"ep": 2, "etp": 2, "node": 2, "dp_shard": 2},
+    "nodes, zero bubble": {"pp": 2, "schedule": "zero_bubble", "ep": 2, "node": 1},
 }
 RUN: dict[str, tuple[str, ...]] = {
     "overlapped": ("tp cp ep", "pp shard ep", "tp shard etp", "zero bubble"),
     "overlapped, recomputed": ("tp cp ep", "pp shard ep"),
+    "overlapped, by tokens, recomputed": ("tp cp ep", "pp shard ep"),
+    "overlapped, by nodes": ("nodes", "nodes, etp", "nodes, zero bubble"),
+    "overlapped, by nodes, recomputed": ("nodes", "nodes, etp"),
+    "by nodes": ("nodes",),
     "gate head": ("tp cp ep", "pp shard ep"),
     "gate element": ("tp cp ep",),
     "routed before attention": ("tp cp ep", "pp shard ep"),

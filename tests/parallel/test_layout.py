@@ -39,6 +39,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         etp=etp,
         dp_shard=dp_shard,
         dp_replicate=dp_replicate,
+        node=draw(st.sampled_from([None, 2, 3, 4, 8])),
     )
 
 
@@ -57,6 +58,8 @@ def test_the_groups_of_every_axis_partition_the_ranks(layout: Layout) -> None:
         "replicate": layout.replicate,
         "shard": layout.shard,
         "expert": layout.ep * layout.etp,
+        "expert_node": layout.expert_node,
+        "expert_across": layout.ep * layout.etp // layout.expert_node,
         "etp": layout.etp,
         "expert_replicate": layout.expert_replicate,
         "expert_shard": layout.expert_shard,
@@ -99,7 +102,16 @@ def test_a_rank_has_its_place_in_every_group(layout: Layout) -> None:
     }
     for rank in range(layout.world):
         axes, at = layout.axes(rank), layout.coordinates(rank)
-        for axis in ("tp", "cp", "expert", "etp", "sequence", "data"):
+        for axis in (
+            "tp",
+            "cp",
+            "expert",
+            "expert_node",
+            "expert_across",
+            "etp",
+            "sequence",
+            "data",
+        ):
             own = getattr(axes, axis)
             assert own.name == axis
             assert own.rank == position[axis][rank], axis
@@ -109,6 +121,24 @@ def test_a_rank_has_its_place_in_every_group(layout: Layout) -> None:
         assert (axes.ep.rank, axes.ep.size) == (at.ep, layout.ep)
         assert (axes.etp.rank, axes.etp.size) == (at.etp, layout.etp)
         assert axes.expert.rank == at.ep * layout.etp + at.etp
+
+
+@EVERY
+@given(layouts())
+def test_ranks_of_an_exchange_that_share_a_node(layout: Layout) -> None:
+    node = layout.node or layout.world
+    alike = {
+        tuple(np.unique(np.asarray(group) // node, return_counts=True)[1].tolist())
+        for group in layout.groups("expert").tolist()
+    }
+    (counts, *others) = alike
+    evenly = not others and len(set(counts)) == 1
+    assert layout.expert_node == (counts[0] if evenly else 1)
+    for group in layout.groups("expert_node").tolist():
+        assert len({rank // node for rank in group}) == 1
+    if evenly:
+        for group in layout.groups("expert_across").tolist():
+            assert len({rank // node for rank in group}) == len(group)
 
 
 @EVERY

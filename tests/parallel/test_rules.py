@@ -46,6 +46,12 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "tp 2 .*dp_replicate 3 = 6, but the number of processes is 12",
         "tp 4, or pp 2, or cp 2, or dp_shard 2, or dp_replicate 6",
     ),
+    "nodes": (
+        {"ep": 12, "node": 8},
+        {"moe": {**MOE, "exchange": {"route": "nodes"}}},
+        "node is 8, which spreads the 12 ranks of ep × etp unevenly over nodes",
+        "ep 1 or 2 or 4",
+    ),
     "heads": ({"tp": 3}, {}, "tp is 3, but model.attention.heads 8 does", "tp 1 or 2 or 4"),
     "kv_heads": (
         {"tp": 4},
