@@ -17,10 +17,14 @@ def join(config: RunConfig, world: int) -> Ranks:
     return start(layout, config.train.timeout)
 
 
+def cache() -> Path:
+    """Where what can be made again is kept: $COTERIE_CACHE, else ~/.cache/coterie."""
+    return Path(os.environ.get("COTERIE_CACHE", Path.home() / ".cache" / "coterie"))
+
+
 def data_cache() -> Path:
-    """Where built-in corpora are kept: $COTERIE_CACHE, else ~/.cache/coterie."""
-    default = Path.home() / ".cache" / "coterie"
-    return Path(os.environ.get("COTERIE_CACHE", default)) / "data"
+    """Of this, where built-in corpora are."""
+    return cache() / "data"
 
 
 def open_data(config: DataConfig, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:

@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import write_config
 from coterie.launch.run_folder import CONFIG
+from coterie.launch.tuning import tuned
 from coterie.models.placement import parameter_counts
 from coterie.parallel.checkpoint import (
     Checkpointer,
@@ -63,6 +65,7 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
     monitors = _monitors(config) if ranks.rank == 0 else []
     try:
         train_set, held_out = open_data(config.data, ranks)
+        config = tuned(config, ranks, partial(_say, monitors))
         model = build_model(config, ranks)
         with Checkpointer(run_dir / CHECKPOINTS, config.checkpoint, ranks.saving) as checkpointer:
             trainer = Trainer(

@@ -1,0 +1,151 @@
+"""How an overlapped exchange is cut, by measurement: a short sweep over one layer's experts.
+
+Every rank runs forward and backward passes of an expert layer of the run's size, with random
+tokens, by one all-to-all there and one back and in pieces and slabs, in turns; what counts is the
+slowest rank's time. All-to-all stays unless another is faster by more than noise: the sweep never
+makes a layer slower than the plain exchange.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from coterie.comm.exchange.base import Exchange
+from coterie.comm.exchange.config import ExchangeConfig
+from coterie.comm.exchange.overlapped import OverlappedExchange
+from coterie.moe.assignment import Assignment, from_choices, sliced
+from coterie.moe.experts import Experts
+from coterie.moe.layer import MoEConfig
+from coterie.parallel.config import Precision
+from coterie.parallel.distributed import Ranks
+from coterie.parallel.precision import autocast, parameter_dtype
+
+PIECES, SLABS, MOST = (1, 2, 4, 8), (1, 2, 4), 8
+"""What is tried where the config leaves it open; up to ``MOST`` messages for each pair of ranks."""
+
+_GAIN = 0.97  # of the plain exchange's time: less is no noise
+_NEAR = 1.15  # times the fastest: measured again
+_ROUNDS = (2, 3)  # of all, then of those that are near
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One expert layer as a rank of a run sees it."""
+
+    moe: MoEConfig
+    width: int
+    tokens: int
+    """On this rank, in one micro-batch."""
+    precision: Precision
+    recompute: bool
+    """Hidden activations are computed again in the backward pass."""
+
+
+def is_open(exchange: ExchangeConfig) -> bool:
+    """Whether something is left to measure."""
+    return exchange.kind == "overlapped" and None in (exchange.pieces, exchange.slabs)
+
+
+def candidates(exchange: ExchangeConfig) -> list[ExchangeConfig]:
+    """What is measured: first the plain exchange, then every way to cut that ``exchange`` leaves
+    open."""
+    pieces = PIECES if exchange.pieces is None else (exchange.pieces,)
+    slabs = SLABS if exchange.slabs is None else (exchange.slabs,)
+    cuts = [(p, s) for p in pieces for s in slabs if p * s <= MOST or len(pieces) * len(slabs) == 1]
+    plain = exchange.model_copy(update={"kind": "all_to_all"})
+    return [plain, *(exchange.model_copy(update={"pieces": p, "slabs": s}) for p, s in cuts)]
+
+
+def measure(layer: Layer, ranks: Ranks) -> list[float]:
+    """Seconds of both passes by each of the layer's :func:`candidates`; inf for those that were
+    left behind at once. All ranks call, and get the same."""
+    found: list[list[float]] = [[] for _ in candidates(layer.moe.exchange)]
+    try_once = _trials(layer, ranks)
+    near = list(range(len(found)))
+    for number, rounds in enumerate(_ROUNDS):
+        for turn in range(-1 if number == 0 else 0, rounds):
+            for candidate in near:
+                seconds = _slowest(try_once(candidate), ranks)
+                if turn >= 0:
+                    found[candidate].append(seconds)
+        fastest = min(median(times) for times in found)
+        near = [n for n, times in enumerate(found) if not n or median(times) < _NEAR * fastest]
+    return [median(times) if len(times) == sum(_ROUNDS) else float("inf") for times in found]
+
+
+def choose(exchange: ExchangeConfig, seconds: list[float]) -> ExchangeConfig:
+    """The fastest of :func:`candidates`, whose times ``seconds`` are."""
+    found = candidates(exchange)
+    best = min(range(len(found)), key=seconds.__getitem__)
+    return found[best if seconds[best] < _GAIN * seconds[0] else 0]
+
+
+def _slowest(seconds: float, ranks: Ranks) -> float:
+    value = torch.tensor(seconds, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=ranks.everyone)
+    return value.item()
+
+
+def _trials(layer: Layer, ranks: Ranks) -> Callable[[int], float]:
+    """A function that runs a candidate once with new tokens, and says how long that took."""
+    moe, axes = layer.moe, ranks.axes
+    dtype = parameter_dtype(layer.precision)
+    with torch.device(ranks.device):
+        experts = Experts(layer.width, moe.experts, axes.ep, axes.etp, layer.recompute).to(dtype)
+    random = torch.Generator(ranks.device).manual_seed(ranks.rank)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.normal_(std=layer.width**-0.5, generator=random)
+    found = candidates(moe.exchange)
+    # one exchange for all that differ in their cuts alone: each has a thread
+    exchanges = [candidate.over(axes, moe.max_rows_factor) for candidate in found[:2]]
+
+    def exchange(candidate: int) -> Exchange:
+        if candidate == 0:
+            return exchanges[0]
+        overlapped = exchanges[1]
+        assert isinstance(overlapped, OverlappedExchange)
+        pieces, slabs = found[candidate].pieces, found[candidate].slabs
+        assert pieces is not None and slabs is not None
+        overlapped.pieces, overlapped.slabs = pieces, slabs
+        return overlapped
+
+    def run(candidate: int) -> float:
+        shape = (layer.tokens, layer.width)
+        x_TD, dy_TD = (
+            torch.randn(shape, generator=random, dtype=dtype, device=ranks.device) for _ in range(2)
+        )
+        assignment = _random_rows(layer, ranks, random, dtype)
+        began = _now(ranks)
+        with autocast(layer.precision, ranks.device):
+            y_TD = experts.over(exchange(candidate), x_TD.requires_grad_(), assignment)
+        y_TD.backward(dy_TD.to(y_TD.dtype))
+        seconds = _now(ranks) - began
+        experts.zero_grad()
+        return seconds
+
+    return run
+
+
+def _random_rows(
+    layer: Layer, ranks: Ranks, random: torch.Generator, dtype: torch.dtype
+) -> Assignment:
+    """Every token to as many experts as the router gives it, whichever."""
+    count = layer.moe.experts.count
+    choices = min(count, max(1, round(layer.moe.router.rows_per_token)))
+    score_TE = torch.rand(layer.tokens, count, generator=random, device=ranks.device)
+    weight_TK = torch.full((layer.tokens, choices), 1 / choices, dtype=dtype, device=ranks.device)
+    whole = from_choices(score_TE.topk(choices).indices, weight_TK.requires_grad_(), count)
+    return sliced(whole, ranks.axes.ep.size, ranks.axes.etp.size)
+
+
+def _now(ranks: Ranks) -> float:
+    """When all ranks, and their devices, have come here."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    dist.barrier(ranks.everyone)
+    return time.perf_counter()

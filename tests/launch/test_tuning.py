@@ -1,0 +1,92 @@
+"""How an exchange is cut, where the config leaves it open: measured once, and then remembered."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coterie.comm.exchange.config import ExchangeConfig
+from coterie.launch.tuning import remembered
+from coterie.parallel.tuning import candidates, choose
+from tests.launch.kill_resume import command, environment
+
+OPEN = ExchangeConfig(kind="overlapped")
+
+
+def test_what_is_left_open_is_tried() -> None:
+    plain, *cuts = candidates(OPEN)
+    assert plain.kind == "all_to_all"
+    assert {(cut.pieces, cut.slabs) for cut in cuts} == {
+        (1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)
+    }  # fmt: skip
+    _, *cuts = candidates(ExchangeConfig(kind="overlapped", pieces=3))
+    assert [(cut.pieces, cut.slabs) for cut in cuts] == [(3, 1), (3, 2)]
+
+
+@pytest.mark.parametrize(("fastest", "chosen"), [(0.5, True), (0.96, True), (0.98, False)])
+def test_all_to_all_stays_unless_it_is_slower(fastest: float, chosen: bool) -> None:
+    found = candidates(OPEN)
+    seconds = [1.0, *(2.0 for _ in found[1:])]
+    seconds[5] = fastest
+    assert choose(OPEN, seconds) == (found[5] if chosen else found[0])
+
+
+@pytest.fixture
+def overlapped(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """good.yaml on two ranks with an exchange that is to be measured; returns the cache."""
+    tree = yaml.safe_load(Path("good.yaml").read_text())
+    tree["model"]["moe"]["exchange"] = {"kind": "overlapped"}
+    tree["parallel"] = {"ep": 2}
+    Path("good.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setenv("COTERIE_CACHE", str(place / "cache"))
+    return place / "cache" / "exchange"
+
+
+def run(*arguments: str) -> str:
+    """What the command tells, on two ranks."""
+    line = command(*arguments, "--nproc", "2")
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def trained(name: str) -> tuple[dict[str, Any], str]:
+    """(the exchange in the run's config, what it told)"""
+    told = run("train", "good.yaml", "--run-dir", name)
+    config = yaml.safe_load(Path(name, "config.yaml").read_text())
+    return config["model"]["moe"]["exchange"], told
+
+
+def test_measured_once(overlapped: Path) -> None:
+    first, told = trained("one")
+    assert "measuring which exchange" in told
+    assert first["kind"] == "all_to_all" or first["pieces"] * first["slabs"] <= 8
+    (file,) = overlapped.iterdir()
+    times = [found["seconds"] for found in json.loads(file.read_text())["measured"]]
+    assert len(times) == len(candidates(OPEN)) and all(time > 0 for time in times)
+
+    # what the file says is believed: the slowest is the fastest now
+    tree = json.loads(file.read_text())
+    tree["measured"][9]["seconds"] = 1e-9
+    file.write_text(json.dumps(tree))
+    second, told = trained("two")
+    assert second == tree["measured"][9]["exchange"]
+    assert "measuring" not in told
+    assert "overlapped, 8 pieces, 1 slab: 1e-06 ms" in told and f"(measured before: {file})" in told
+
+    # a run that goes on is cut as it was, whatever the cache says
+    file.unlink()
+    assert "measuring" not in run("resume", "two", "train.steps=4")
+    assert not list(overlapped.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage", [None, "", "{", "{}", "[]", '{"measured": [{"seconds": 1}]}', '{"measured": [1]}']
+)
+def test_a_damaged_memory_is_none(tmp_path: Path, damage: str | None) -> None:
+    if damage is not None:
+        (tmp_path / "file").write_text(damage)
+    assert remembered(tmp_path / "file", OPEN) is None
