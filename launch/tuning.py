@@ -6,6 +6,7 @@ what was chosen stands in the run's own config, so that a resumed run rounds as 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -96,9 +97,11 @@ def _digest(layer: Layer, ranks: Ranks) -> str:
 
 
 def remembered(file: Path, exchange: ExchangeConfig) -> list[float] | None:
-    """Seconds of each candidate for ``exchange``; None where there is no such file, or one that is damaged."""
+    """Seconds of each candidate for ``exchange``; None where there is no such file, or a damaged
+    one."""
     try:
-        seconds = [float(found["seconds"]) for found in json.loads(file.read_text())["measured"]]
+        measured = [found["seconds"] for found in json.loads(file.read_text())["measured"]]
+        seconds = [math.inf if each is None else float(each) for each in measured]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return seconds if len(seconds) == len(candidates(exchange)) else None
@@ -108,7 +111,10 @@ def _remember(file: Path, layer: Layer, ranks: Ranks, seconds: list[float]) -> N
     """Replaces the file at once, so that another run never reads half of it. A cache that cannot
     be written costs the next run a measurement, and this one nothing."""
     measured = [
-        {"exchange": exchange.model_dump(mode="json"), "seconds": time}
+        {
+            "exchange": exchange.model_dump(mode="json"),
+            "seconds": time if math.isfinite(time) else None,  # not measured to the end
+        }
         for exchange, time in zip(candidates(layer.moe.exchange), seconds, strict=True)
     ]
     text = json.dumps({"key": _key(layer, ranks), "measured": measured}, indent=1)
