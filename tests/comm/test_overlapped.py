@@ -1,6 +1,7 @@
 """The exchanges between ranks give what the plain one gives, in float64, whatever is late."""
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.distributed import ProcessGroup
 from coterie.comm.axis import expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.comm.exchange.base import Exchange
-from coterie.comm.exchange.mail import StreamMail
+from coterie.comm.exchange.mail import Arrival, StreamMail
 from coterie.comm.exchange.overlapped import OverlappedExchange
 from tests.comm.test_all_to_all import CASES, LIMIT, _inputs, _layer, _step
 from tests.distributed import run_ranks
@@ -104,3 +105,31 @@ def _twice(rank: int, world: int) -> dict[str, float]:
 def test_gradients_in_two_passes() -> None:
     for errors in run_ranks(4, _twice, 4):
         assert max(errors.values()) == 0, errors
+
+
+def _in_some_order(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    """The same step three times, with pieces that are late now and then."""
+    results = []
+    arguments = _inputs(CASES["every expert of every token"], world)[rank]
+    layer = _layer(CASES["every expert of every token"], expert_parallel(_everyone()))
+    layer.exchange = OverlappedExchange(_everyone(), pieces=3, slabs=2)
+    for seed in range(3):
+        draw, seen = Random(seed), []
+
+        def late(arrival: Arrival, draw: Random = draw, seen: list[bool] = seen) -> bool:
+            arrival.wait()  # so that it is for `draw` alone to say
+            seen.append(draw.random() < 0.5)
+            return seen[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Arrival, "ready", late)
+            layer.zero_grad()
+            results.append(_step(layer, *arguments))
+        assert len(set(seen)) == 2
+    return [{what: tensor.clone() for what, tensor in result.items()} for result in results]
+
+
+def test_what_is_late_changes_no_bit() -> None:
+    for first, *others in run_ranks(4, _in_some_order, 4):
+        for other in others:
+            assert all(torch.equal(other[what], first[what]) for what in first)
