@@ -77,27 +77,29 @@ def tiles(pool: Pools, rank: int, tile: int, count: int) -> Tiles:
     how many to return, at least :func:`most_tiles`'s or the exact number; what is missing is
     filled up with empty ones.
     """
-    rows_LS, start_L = pool.rows_RLS[rank], pool.start_RL[rank]
+    rows_LS, start_LS, start_L = pool.rows_RLS[rank], pool.start_RLS[rank], pool.start_RL[rank]
     experts, ranks = rows_LS.shape
-    turn_J = (rank - torch.arange(ranks, device=rows_LS.device)) % ranks
-    start_LJ = pool.start_RLS[rank][:, turn_J]
     end_L = start_L + rows_LS.sum(1)
     tiles_L = (end_L - start_L + tile - 1) // tile
-    made = tiles_L.cumsum(0)
+    made_L = tiles_L.cumsum(0)
     number_Q = torch.arange(count, device=rows_LS.device)
-    slot_Q = torch.searchsorted(made, number_Q, right=True)  # past the experts: an empty tile
+    slot_Q = torch.searchsorted(made_L, number_Q, right=True)  # past the experts: an empty tile
     expert_Q = slot_Q.clamp(max=experts - 1)
-    first_Q = start_L[expert_Q] + (number_Q - (made - tiles_L)[expert_Q]) * tile
+    first_Q = start_L[expert_Q] + (number_Q - (made_L - tiles_L)[expert_Q]) * tile
     end_Q = torch.minimum(first_Q + tile, end_L[expert_Q])
-    # of equal starts (segments without rows) the last one; its last row's segment has rows
-    segment_Q = torch.searchsorted(start_LJ.flatten(), end_Q - 1, right=True) - 1
-    last_Q = torch.where(slot_Q < experts, segment_Q % ranks, ranks)
 
+    # of equal starts (segments without rows) the last one; its last row's segment has rows
+    turn_J = (rank - torch.arange(ranks, device=rows_LS.device)) % ranks
+    segment_Q = torch.searchsorted(start_LS[:, turn_J].flatten(), end_Q - 1, right=True) - 1
+    last_Q = torch.where(slot_Q < experts, segment_Q % ranks, ranks)
     last_Q, order_Q = last_Q.sort(stable=True)
-    expert_Q, first_Q, end_Q = expert_Q[order_Q], first_Q[order_Q], end_Q[order_Q]
-    bounds_QJ = torch.cat([start_LJ, end_L[:, None]], 1)[expert_Q]
-    rows_QJ = bounds_QJ.clamp(first_Q[:, None], end_Q[:, None]).diff(dim=1)
-    rows_QS = rows_QJ.index_select(1, turn_J).where(last_Q[:, None] < ranks, 0)
+    expert_Q, first_Q = expert_Q[order_Q], first_Q[order_Q]
+
+    # What a tile and a segment share; in place, since (Q, S) is large. An empty tile does not end
+    # after its first row: both bounds become its end.
+    first_Q1, end_Q1 = first_Q[:, None], end_Q[order_Q, None]
+    rows_QS = (start_LS + rows_LS)[expert_Q].clamp_(first_Q1, end_Q1)
+    rows_QS -= start_LS[expert_Q].clamp_(first_Q1, end_Q1)
     return Tiles(expert_Q, first_Q, rows_QS, last_Q)
 
 
@@ -111,5 +113,6 @@ def places(pool: Pools, load_E: Tensor, rank: int, rows: int) -> Tensor:
     holds its expert. ``rows``: their number, the sum of ``load_E``."""
     start_E = pool.start_RLS[:, :, rank].flatten()
     before_E = load_E.cumsum(0) - load_E
-    shift_A = (start_E - before_E).repeat_interleave(load_E, output_size=rows)
-    return shift_A + torch.arange(rows, device=load_E.device)
+    place_A = (start_E - before_E).repeat_interleave(load_E, output_size=rows)
+    place_A += torch.arange(rows, device=load_E.device)
+    return place_A

@@ -17,6 +17,8 @@ from coterie.comm.exchange.plan import (
     tiles,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @st.composite
 def loads(draw: st.DrawFn) -> Tensor:
@@ -50,6 +52,10 @@ def exact(pool: Pools, rank: int, tile: int) -> int:
 def test_every_row_has_a_place_of_its_own(load_SE: Tensor, align: int) -> None:
     ranks, local = len(load_SE), load_SE.shape[1] // len(load_SE)
     pool = pools(load_SE, align)
+    assert pool.rows_RLS.tolist() == [
+        [load_SE[:, receiver * local + expert].tolist() for expert in range(local)]
+        for receiver in range(ranks)
+    ]
     for receiver in range(ranks):
         truth: dict[int, tuple[int, int, int]] = {}
         place = 0
@@ -88,6 +94,7 @@ def test_tiles_cover_every_row_once_and_say_whose(
         found = tiles(pool, rank, tile, count)
         assert len(found.expert_Q) == count >= real
         assert not found.rows_QS[real:].any()
+        assert (found.last_round_Q[real:] == ranks).all()
         seen: list[int] = []
         for expert, first, rows_S in zip(
             found.expert_Q[:real].tolist(),
@@ -140,12 +147,15 @@ def test_rounds_meet(ranks: int) -> None:
 
 
 def test_a_plan_of_256_experts_on_64_ranks_takes_less_than_2_ms() -> None:
-    load_SE = torch.randint(0, 600, (64, 256))
+    """The best of some: other programs may take their time too."""
+    load_SE = torch.randint(0, 600, (64, 256), generator=torch.Generator().manual_seed(0))
+    received = load_SE.unflatten(1, (64, 4)).sum((0, 2)).tolist()
+    sent = load_SE.sum(1).tolist()
     times = []
-    for _ in range(20):
-        start = time.perf_counter()
+    for rank in range(64):
+        start = time.thread_time()
         pool = pools(load_SE, 128)
-        tiles(pool, 5, 128, most_tiles(64 * 4 * 600, 4, 128))
-        places(pool, load_SE[5], 5, int(load_SE[5].sum()))
-        times.append(1e3 * (time.perf_counter() - start))
-    print(sorted(times)[:3], sorted(times)[10])
+        tiles(pool, rank, 128, most_tiles(received[rank], 4, 128))
+        places(pool, load_SE[rank], rank, sent[rank])
+        times.append(time.thread_time() - start)
+    assert min(times) < 2e-3
