@@ -4,14 +4,18 @@ Needs root and iproute2 (``ip``, ``tc``, ``nsenter``). A host has its own networ
 processors and memory are shared, unless a command is pinned to a core.
 """
 
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 _BRIDGE = "coterie"
 _NETWORK = "10.78.0"
+_LOCK = Path("/run/coterie-hosts.lock")
 
 
 @dataclass(frozen=True)
@@ -29,24 +33,30 @@ class Host:
         return f"{_NETWORK}.{10 + self.number}"
 
     def start(
-        self, command: Sequence[str], core: int, environment: dict[str, str]
+        self, command: Sequence[str], core: int, environment: dict[str, str], output: IO[str]
     ) -> subprocess.Popen[str]:
-        """Run ``command`` there, on one core of the machine."""
+        """Run ``command`` there, on one core of the machine; all it prints goes to ``output``."""
         inside = ["nsenter", f"--net=/run/netns/{self.namespace}", "taskset", "-c", str(core)]
         return subprocess.Popen(
             [*inside, *command],
             env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             text=True,
         )
 
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """``count`` hosts that reach each other, gone afterwards."""
+    """``count`` hosts that reach each other, gone afterwards. Waits for another process's."""
     made = [Host(number) for number in range(count)]
-    _remove(made)
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from _hosts(made)
+
+
+def _hosts(made: list[Host]) -> Iterator[list[Host]]:
+    _remove(made)  # what a killed process has left
     try:
         _run(f"ip link add {_BRIDGE} type bridge")
         _run(f"ip link set {_BRIDGE} up")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import mixer_page
+from benchmarks import mixer_page, overlap_page
 from benchmarks.reproductions import moma, smoe_dropout
 from tests.docs.blocks import ROOT
 
@@ -30,6 +30,55 @@ def test_a_page_is_made_from_its_figures(reproduction: ModuleType, tmp_path: Pat
 def test_mixers_page_is_made_from_its_figures(tmp_path: Path) -> None:
     mixer_page.write(figures("mixer"), tmp_path)
     assert (RESULTS / "mixer.md").read_text() == (tmp_path / "mixer.md").read_text()
+
+
+def test_overlaps_page_is_made_from_its_figures(tmp_path: Path) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "overlap.json").read_text())
+    overlap_page.write(found, tmp_path)
+    assert (RESULTS / "overlap.md").read_text() == (tmp_path / "overlap.md").read_text()
+    assert (tmp_path / "overlap.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_goals_of_overlap_are_counted() -> None:
+    def passes(ms: float, forward: tuple[float, float], both: tuple[float, float]) -> Any:
+        shares = dict.fromkeys(("main", "network", "idle", "other", "queued", "waited"), 0.25)
+        return {
+            which: {"ms": ms, "speed_up": speed_up, "hidden": hidden, **shares}
+            for which, (speed_up, hidden) in (("forward", forward), ("both", both))
+        }
+
+    def case(megabits: int, compute: float, ours: Any) -> dict[str, Any]:
+        alone = passes(compute, (0.0, 0.0), (0.0, 0.0))
+        rest = passes(100, (0.0, 0.0), (0.0, 0.0))
+        return {
+            "family": "Mixtral",
+            "hosts": 2,
+            "megabits": megabits,
+            "shape": {"D": 64, "F": 224, "E": 8, "K": 2, "T": 128},
+            "contenders": {
+                "compute alone": alone,
+                "communication alone": rest,
+                "plain": passes(250, (1.0, -0.5), (1.0, -0.5)),
+                "overlapped 2x2": ours,
+            },
+            "differs": {"overlapped 2x2": 1e-7},
+            "left_out": {"DeepSpeed": "No module named 'deepspeed'"},
+            "rounds": 7,
+            "seconds": 60.0,
+        }
+
+    cases = [
+        case(200, 100.0, passes(130, (1.6, 0.7), (1.4, 0.85))),
+        case(500, 500.0, passes(400, (2.5, 0.9), (0.9, -0.1))),  # compute and way are not equal
+    ]
+    machine = {"cpu": "a processor", "torch": "2.13"}
+    page = overlap_page.page({"machine": machine, "results": dict(enumerate(cases))})
+    assert "| overlapped 2x2 | 2 | 1 of 2 | 1 of 2 | 1 of 4 |" in page
+    mean = (1.6 * 2.5) ** 0.5
+    assert f"| overlapped 2x2, forward | 2 hosts, CPU | {mean:.2f} (1.60–2.50) | 80% |" in page
+    assert "| Mixtral, 2 hosts, 200 | 100 / 100 | 100 / 100 | 200 / 200 | 250 / 250 |" in page
+    assert "Mixtral, 2 hosts, 500 (83%, forward)" in page
+    assert "Left out: DeepSpeed: No module named 'deepspeed'." in page
 
 
 def test_claims_of_smoe_dropout_are_counted() -> None:
