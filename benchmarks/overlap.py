@@ -110,9 +110,9 @@ def main() -> int:
     parser.add_argument(
         "--overlapped",
         nargs="*",
-        default=["1x2", "2x2", "4x2"],
-        metavar="PxA",
-        help="settings of the overlapped exchange: pieces x messages asked for ahead",
+        default=["1x1", "2x1", "4x1", "1x4"],
+        metavar="PxS",
+        help="settings of the overlapped exchange: pieces x slabs",
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of each contender")
     parser.add_argument("--no-peers", action="store_true", help="without other projects' layers")

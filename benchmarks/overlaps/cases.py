@@ -13,6 +13,7 @@ COMPUTE, COMMUNICATION, PLAIN, TWO_CHUNKS = (
 )
 OVERLAPPED = "overlapped"
 """What the names of OverlappedExchange's settings begin with."""
+TUNED = f"{OVERLAPPED}, tuned"
 PASSES = {"forward": "forward", "both": "forward + backward"}
 """What is timed, and how it is called."""
 CORES = 2
@@ -103,7 +104,7 @@ class Options:
     """How it is measured."""
 
     settings: Sequence[Sequence[int]]
-    """(pieces, ahead) of the overlapped exchanges."""
+    """(pieces, slabs) of the overlapped exchanges."""
     peers: bool = True
     """Other projects' layers too."""
     rounds: int = 7

@@ -9,18 +9,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from benchmarks.overlaps.alone import StayingRows, TravellingRows
-from benchmarks.overlaps.cases import COMMUNICATION, COMPUTE, OVERLAPPED, PLAIN, TWO_CHUNKS
+from benchmarks.overlaps.cases import COMMUNICATION, COMPUTE, OVERLAPPED, PLAIN, TUNED, TWO_CHUNKS
 from benchmarks.overlaps.peers import DeepSpeedLayer, MegatronLayer, Peer
 from benchmarks.overlaps.two_chunks import TwoChunkExchange
 from benchmarks.peers import Shape
 from coterie.comm.axis import expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.comm.exchange.base import Exchange
-from coterie.comm.exchange.mail import Mail
+from coterie.comm.exchange.config import ExchangeConfig
 from coterie.comm.exchange.overlapped import OverlappedExchange
 from coterie.models import initialise
 from coterie.moe import MoEConfig, MoELayer
 from coterie.moe.tokens import TokenInfo
+from coterie.parallel.distributed import Ranks
+from coterie.parallel.layout import Layout
+from coterie.parallel.tuning import Layer, choose, measure
 
 
 class Contender(Protocol):
@@ -48,6 +51,9 @@ class Ours:
 
     def __init__(self, layer: MoELayer, exchange: Exchange, whole: bool = True) -> None:
         self.layer, self.exchange, self.whole = layer, exchange, whole
+        self._waited = 0.0
+        for meter in exchange.meters:
+            meter.on = True
 
     def prepare(self, x_TD: Tensor) -> None:
         self.layer.exchange = self.exchange
@@ -68,8 +74,8 @@ class Ours:
 
     @property
     def waited(self) -> float:
-        mail: Mail | None = getattr(self.exchange, "mail", None)
-        return 0.0 if mail is None else mail.waited
+        self._waited += sum(meter.take().exposed for meter in self.exchange.meters)
+        return self._waited
 
 
 class Communication:
@@ -97,16 +103,20 @@ class Communication:
         return 0.0
 
 
-def our_layer(shape: Shape, group: ProcessGroup) -> MoELayer:
-    """coterie's layer, experts shared out over ``group``; router losses off, as the others have
-    them."""
-    config = MoEConfig.model_validate(
+def layer_config(shape: Shape) -> MoEConfig:
+    """Of coterie's layer."""
+    return MoEConfig.model_validate(
         {
             "experts": {"count": shape.E, "hidden": shape.F},
             "router": {"k": shape.K, "balance_loss": 0.0, "z_loss": 0.0},
         }
     )
-    layer = MoELayer(shape.D, config, expert_parallel(group))
+
+
+def our_layer(shape: Shape, group: ProcessGroup) -> MoELayer:
+    """coterie's layer, experts shared out over ``group``; router losses off, as the others have
+    them."""
+    layer = MoELayer(shape.D, layer_config(shape), expert_parallel(group))
     initialise(layer, seed=0)
     return layer
 
@@ -119,21 +129,32 @@ def alone(layer: MoELayer, shape: Shape, group: ProcessGroup) -> dict[str, Conte
     }
 
 
+def tuned(shape: Shape, group: ProcessGroup, layer: MoELayer) -> ExchangeConfig:
+    """What a run of this layer would choose for itself."""
+    size = group.size()
+    layout = Layout(ep=size, dp_replicate=size)
+    ranks = Ranks(group.rank(), torch.device("cpu"), layout, {"expert": group}, control=group)
+    moe = layer_config(shape).model_copy(update={"exchange": ExchangeConfig(kind="overlapped")})
+    seconds = measure(Layer(moe, shape.D, shape.T, "fp32", recompute=False), ranks)
+    return choose(moe.exchange, seconds)
+
+
 def contenders(
     shape: Shape, group: ProcessGroup, settings: Sequence[Sequence[int]], peers: bool
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """Those that can be built here, and why the others cannot.
 
-    ``settings``: (pieces, ahead) of each OverlappedExchange. ``peers``: other projects' too.
+    ``settings``: (pieces, slabs) of each OverlappedExchange. ``peers``: other projects' too.
     """
     layer = our_layer(shape, group)
     exchanges: dict[str, Exchange] = {
         PLAIN: AllToAllExchange(group),
         TWO_CHUNKS: TwoChunkExchange(group),
         **{
-            f"{OVERLAPPED} {pieces}x{ahead}": OverlappedExchange(group, pieces=pieces, ahead=ahead)
-            for pieces, ahead in settings
+            f"{OVERLAPPED} {pieces}x{slabs}": OverlappedExchange(group, pieces=pieces, slabs=slabs)
+            for pieces, slabs in settings
         },
+        TUNED: tuned(shape, group, layer).over(layer.axes),
     }
     made = alone(layer, shape, group)
     made |= {name: Ours(layer, exchange) for name, exchange in exchanges.items()}

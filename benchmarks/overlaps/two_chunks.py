@@ -28,6 +28,8 @@ class TwoChunkExchange:
     reverse, and there each departure is an arrival.
     """
 
+    meters = ()
+
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank, self.ranks = group.rank(), group.size()
