@@ -79,6 +79,7 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 _state(config, ranks),
                 [_Attached(), *monitors],
                 _drawer(config, ranks, train_set),
+                config.monitor.exchange_every,
             )
             checkpoint = None
             if not fresh:  # one choice for all: file systems may show a checkpoint late

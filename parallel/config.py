@@ -80,3 +80,7 @@ class MonitorConfig(Config):
     heat_map_every: int = Field(default=100, ge=1)
     """Steps between lines of load.jsonl (the columns of `coterie report`'s heat maps) and between
     heat maps in TensorBoard. Each sums up the steps since the one before."""
+    exchange_every: int = Field(default=50, ge=0)
+    """Steps between measurements of how long rows travel between ranks that hold different experts,
+    hence of what part of it is hidden: after such a step, and the last, its rows are sent once more
+    with nobody computing. 0: never."""

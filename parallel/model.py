@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from coterie.comm.exchange.meter import Meter
 from coterie.models import Decoder, DecoderConfig, initialise
 from coterie.models.decoder import Recompute
+from coterie.moe import MoELayer
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.part import Part
 from coterie.parallel.placement import Place, places_of, stage_parts
@@ -68,6 +70,7 @@ class ParallelModel(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.pipelines: dict[tuple[int, tuple[int, ...]], Any] = {}
         """By number and shape of micro-batches; made when they are first used."""
+        self._moe_layers = [module for module in self.modules() if isinstance(module, MoELayer)]
 
     @property
     def decoders(self) -> Iterator[Decoder]:
@@ -78,6 +81,11 @@ class ParallelModel(nn.Module):
     def each_stage(self) -> Iterable[Stage]:
         """The same, as the modules that are called."""
         return cast(Iterable[Stage], self.stages)
+
+    @property
+    def meters(self) -> list[Meter]:
+        """Of its layers' exchanges, in the order of the model; none where no rows leave a rank."""
+        return [meter for layer in self._moe_layers for meter in layer.exchange.meters]
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters by global name; sharded ones are DTensors."""

@@ -12,6 +12,7 @@ from coterie.data import IGNORE, Batch
 from coterie.models import Decoder
 from coterie.models.vocabulary import cross_entropy
 from coterie.parallel.distributed import Ranks
+from coterie.parallel.exchange_time import ExchangeClock, ExchangeTime
 from coterie.parallel.finite import require_finite
 from coterie.parallel.forward import through_stages
 from coterie.parallel.frozen import update_frozen
@@ -46,6 +47,8 @@ class StepReport:
     seconds: float
     stop: bool
     """Some rank was asked to stop."""
+    exchange: ExchangeTime | None = None
+    """What the exchanges between ranks took; None: all experts are on every rank."""
 
     @property
     def load(self) -> dict[int, list[int]]:
@@ -82,6 +85,8 @@ class StepSettings:
     seed: int
     k: int | None = None
     """Experts for each token, where the router has a schedule."""
+    resend: bool = False
+    """Send the step's rows between ranks once more after it, to measure how long they travel."""
 
 
 def train_step(
@@ -105,7 +110,10 @@ def train_step(
     tally = Tally(model.config, model.ranks)
     tally.count("stop", float(stop))
     targets = count_targets(batches, model.ranks)
-    forward_backward(model, batches, targets, settings, tally)
+    clock = ExchangeClock(model)
+    with clock.running():
+        forward_backward(model, batches, targets, settings, tally)
+    clock.count(tally)
     sum_gradients(model)
     norm = global_norm(model)
     totals = tally.over_ranks()
@@ -122,6 +130,7 @@ def train_step(
     if not model.config.auxiliary:
         rows = {layer: load.rows_E.tolist() for layer, load in totals.layers.items()}
         update_frozen(model, rows)
+    seconds = time.perf_counter() - started
     return StepReport(
         step=step,
         loss=loss,
@@ -130,8 +139,9 @@ def train_step(
         lr=optimizer.lr,
         tokens=int(totals.numbers["tokens"]),
         layers=totals.layers,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         stop=totals.numbers["stop"] > 0,
+        exchange=clock.over_ranks(totals, seconds, settings.resend),
     )
 
 

@@ -30,6 +30,9 @@ class Tally:
                 "stop",
                 "loss",
                 "tokens",
+                "exchange.ranks",
+                "exchange.counts",
+                "exchange.exposed",
                 *(f"router.{name}" for name in config.loss_names),
             )
         }

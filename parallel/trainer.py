@@ -56,10 +56,12 @@ class Trainer:
         state: dict[str, Any],
         monitors: list[Monitor],
         draw_images: DrawImages | None = None,
+        exchange_every: int = 0,
     ) -> None:
         """``state``: what to store in each checkpoint beside the trainer's own (config, versions).
 
-        ``monitors``: of this rank; all but the first have little to say.
+        ``monitors``: of this rank; all but the first have little to say. ``exchange_every``: steps
+        between those, besides the last, whose exchanges are measured in full; 0: none.
         """
         self.model = model
         self.sampler = sampler
@@ -73,6 +75,7 @@ class Trainer:
         self.state = state
         self.monitors = monitors
         self.draw_images = draw_images
+        self.exchange_every = exchange_every
         self.precision = resolve(train.precision, self.ranks.device)
         self.step = 0
         self._before = 0
@@ -161,9 +164,15 @@ class Trainer:
         moe, k = self.model.config.moe, None
         if moe is not None and not self.model.config.auxiliary:  # what is trained then knows no k
             k = moe.router.k_at(self.step, self.train.steps)
-        settings = StepSettings(self.precision, self.optimizer_config.clip, self.train.seed, k)
+        step = self.step + 1
+        resend = bool(self.exchange_every) and (
+            step % self.exchange_every == 0 or step == self.train.steps
+        )
+        settings = StepSettings(
+            self.precision, self.optimizer_config.clip, self.train.seed, k, resend
+        )
         try:
-            return train_step(self.model, self.optimizer, batches, self.step + 1, settings, stop)
+            return train_step(self.model, self.optimizer, batches, step, settings, stop)
         except NonFiniteError as error:
             self.checkpointer.wait()
             good = f"step {self._saved}" if self._saved else "none was saved yet"

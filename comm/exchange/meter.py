@@ -108,7 +108,7 @@ def seconds_alone(shipments: Sequence[Shipment], group: ProcessGroup) -> float:
     computes. All ranks of the group call."""
     watch = Stopwatch()
     for sent_R, received_R, like in shipments:
-        sent_AD = like.new_zeros(sum(sent_R), like.shape[1])
+        sent_AD = like.new_ones(sum(sent_R), like.shape[1])  # zeros would have no memory yet
         received_AD = like.new_empty(sum(received_R), like.shape[1])
         dist.barrier(group)
         with watch.running(like.device):

@@ -119,6 +119,7 @@ def trainer_of(
         checkpointer,
         {"config": config.model_dump(mode="json")},
         monitors,
+        exchange_every=config.monitor.exchange_every,
     )
 
 
@@ -131,7 +132,7 @@ class Recorder(Monitor):
 
     def step(self, report: StepReport) -> None:
         seen = dict(vars(report))
-        del seen["seconds"], seen["layers"]
+        del seen["seconds"], seen["layers"], seen["exchange"]
         sums = {"load": report.load, "dropped": report.dropped, "entropy": report.entropy}
         self.reports.append({**seen, **sums})
 
