@@ -10,6 +10,11 @@ POINTS = 800
 """A curve has at most so many."""
 _LARGEST = 1e300
 """Of a number that is drawn: neighbours are added up."""
+_EXCHANGE = {
+    "exposed": "waiting for rows",
+    "counts": "waiting for counts",
+    "communication": "rows alone",
+}
 
 Curve = dict[str, Any]
 """``name``, and by point ``x`` (the step), ``y`` and, where several points became one, ``low`` and
@@ -52,6 +57,20 @@ def charts(records: Records) -> list[dict[str, Any]]:
             "Router losses, coefficients applied",
             "nats per token",
             [curve(name.removeprefix("router/"), steps, name) for name in router],
+            zero=True,
+        ),
+        _chart(
+            "exchange",
+            "Exchange of rows between ranks",
+            "milliseconds of a step",
+            [curve(title, steps, f"exchange/{name}_ms") for name, title in _EXCHANGE.items()],
+            zero=True,
+        ),
+        _chart(
+            "hidden",
+            "Communication that was hidden",
+            "part of all",
+            [curve("hidden", steps, "exchange/hidden")],
             zero=True,
         ),
     ]

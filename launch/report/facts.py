@@ -10,6 +10,8 @@ from coterie.launch.report.lines import Record
 from coterie.launch.report.records import HELD_OUT, Records
 from coterie.models.placement import parameter_counts
 
+_SHARE, _HIDDEN = "exchange/exposed_share", "exchange/hidden"
+
 
 def head(run_dir: Path, config: RunConfig, records: Records) -> dict[str, Any]:
     """Title, state, cards and facts."""
@@ -59,6 +61,11 @@ def _cards(config: RunConfig, records: Records) -> list[dict[str, str]]:
             "note": "median over the run",
         }
     )
+    measured = [record for record in records.steps if _HIDDEN in record]
+    if measured:
+        hidden, step = measured[-1][_HIDDEN], measured[-1]["step"]
+        note = f"of the way of rows between ranks, step {step:,}"
+        cards.append({"label": "hidden", "value": f"{hidden:.0%}", "note": note})
     seen = last["step"] * config.train.global_batch * config.data.sequence
     cards.append({"label": "tokens", "value": _large(seen), "note": "trained on, with padding"})
     return cards
@@ -91,6 +98,11 @@ def _facts(config: RunConfig, records: Records) -> list[list[str]]:
         ["Data", config.data.path or f"built-in corpus {config.data.corpus}"],
         ["Seed", str(train.seed)],
     ]
+    shares = [record[_SHARE] for record in records.steps if _SHARE in record]
+    if shares and model.moe is not None:
+        median = f"{statistics.median(shares):.1%}"
+        kind = model.moe.exchange.kind
+        facts.append(["Exchange", f"{kind}, waiting for rows {median} of a step (median)"])
     if records.starts:
         facts.append(["Layout", _layout(records.starts[-1])])
         resumed = len(records.starts) - 1

@@ -55,7 +55,11 @@ def check_metrics(record: Record, _: list[Record]) -> None:
     for kind in kinds:
         for name, test in _NEEDED[kind].items():
             test(record, name)
-    others = [name for name in record if name in ("grad_norm", "lr") or name.startswith("router/")]
+    others = [
+        name
+        for name in record
+        if name in ("grad_norm", "lr") or name.startswith(("router/", "exchange/"))
+    ]
     for name in (*held_out, *others):
         _number(record, name)
 

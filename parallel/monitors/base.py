@@ -10,6 +10,19 @@ from coterie.parallel.certificate import Certificate
 from coterie.parallel.step import StepReport
 
 
+def due(report: StepReport, every: int, steps: int) -> bool:
+    """Whether a step is reported: every so many, the last of ``steps``, and those whose exchanges
+    were measured in full."""
+    in_full = report.exchange is not None and report.exchange.communication is not None
+    return report.step % every == 0 or report.step == steps or in_full
+
+
+def exchange_figures(report: StepReport) -> dict[str, float]:
+    """What the exchanges between ranks took, by name; nothing where there are none."""
+    figures = report.exchange.figures if report.exchange else {}
+    return {f"exchange/{name}": value for name, value in figures.items()}
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What does not change during a run."""

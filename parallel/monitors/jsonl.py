@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO
 
 from coterie.parallel.load import LayerLoad, LoadWindow
-from coterie.parallel.monitors.base import Monitor, RunFacts
+from coterie.parallel.monitors.base import Monitor, RunFacts, due, exchange_figures
 from coterie.parallel.step import StepReport
 
 FILE = "metrics.jsonl"
@@ -30,7 +30,7 @@ class JsonLines(Monitor):
 
     def step(self, report: StepReport) -> None:
         self._window.add(report.layers)
-        if report.step % self.every and report.step != self._steps:
+        if not due(report, self.every, self._steps):
             return
         window = self._window.take()
         self.write(
@@ -42,6 +42,7 @@ class JsonLines(Monitor):
                 "lr": report.lr,
                 "tokens": report.tokens,
                 "tokens_per_second": report.tokens / report.seconds,
+                **exchange_figures(report),
                 "skew": report.skew,
                 "rank_skew": report.rank_skew,
                 "dropped": sum(report.dropped.values()),

@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from coterie.data import MODALITIES
 from coterie.parallel.load import LayerLoad, LoadWindow
-from coterie.parallel.monitors.base import Monitor, RunFacts
+from coterie.parallel.monitors.base import Monitor, RunFacts, due, exchange_figures
 from coterie.parallel.monitors.heat_map import Picture, dropped_map, heat_map, unrouted_map
 from coterie.parallel.step import StepReport
 
@@ -36,7 +36,7 @@ class TensorBoard(Monitor):
         self._since_scalars.add(report.layers)
         self._since_maps.add(report.layers)
         last = report.step == self._facts.steps
-        if report.step % self.every == 0 or last:
+        if due(report, self.every, self._facts.steps):
             scalars = {**_scalars(report), **_load_scalars(report, self._since_scalars.take())}
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, report.step)
@@ -68,6 +68,7 @@ def _scalars(report: StepReport) -> dict[str, float]:
         "train/grad_norm": report.grad_norm,
         "train/lr": report.lr,
         "train/tokens_per_second": report.tokens / report.seconds,
+        **exchange_figures(report),
     }
 
 

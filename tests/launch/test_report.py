@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from coterie.launch.main import main
 from coterie.launch.report.curves import POINTS, thinned
 from coterie.launch.report.loads import thinned as columns_of
 from coterie.launch.report.records import LoadRecord
+from coterie.parallel.exchange_time import ExchangeTime
 from coterie.parallel.load import LayerLoad
 from coterie.parallel.monitors import JsonLines, LoadLines, RunFacts
 from coterie.parallel.step import StepReport
@@ -45,6 +47,12 @@ def report_of(step: int, layers: Callable[[int], dict[int, LayerLoad]]) -> StepR
     return StepReport(step, loss, {"balance": 0.1}, 1.0, 1e-3, 12, layers(step), 0.5, False)
 
 
+def exchange_of(step: int) -> ExchangeTime:
+    """Every fifth step is measured in full."""
+    communication = 0.1 / step if step % 5 == 0 else None
+    return ExchangeTime(0.001, 0.025 / step, 0.5 / step, communication)
+
+
 def record(
     folder: Path,
     first: int,
@@ -57,13 +65,14 @@ def record(
     layout: str = "ep 2",
     held_out: float = 4.5,
     loss: str = "loss",
+    exchange: Callable[[int], ExchangeTime | None] = lambda step: None,
 ) -> None:
     """What a run writes that goes from one step to another."""
     monitors = [JsonLines(every), LoadLines(COLUMN)]
     for monitor in monitors:
         monitor.start(RunFacts(folder, steps, first, 17, layout, 2))
         for step in range(first + 1, until + 1):
-            monitor.step(report_of(step, layers))
+            monitor.step(replace(report_of(step, layers), exchange=exchange(step)))
             if step % 10 == 0:
                 monitor.evaluation(step, {loss: held_out, f"{loss}/text": held_out + 1})
         if failure:
@@ -153,6 +162,23 @@ def test_a_run_is_drawn_as_it_was(shown: Path, capsys: pytest.CaptureFixture[str
         "All layers, steps 16 to 20, all tokens",
     ):
         assert said in read, said
+    # nothing is told of exchanges that there are not
+    assert not re.search("hidden(?! width)|waiting for|between ranks", read)
+
+
+def test_exchanges_between_ranks_are_drawn(shown: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(shown, 0, 20, exchange=exchange_of)
+    text, _ = without_errors(made(capsys))
+    assert points(text, "exchange") == {
+        "waiting for rows": 20,
+        "waiting for counts": 20,
+        "rows alone": 4,
+    }
+    assert points(text, "hidden") == {"hidden": 4}
+    read = words(text)
+    assert "hidden 75% of the way of rows between ranks, step 20" in read
+    assert "all_to_all, waiting for rows 5.0% of a step (median)" in read
+    assert "Communication that was hidden" in read
 
 
 PROBE = """

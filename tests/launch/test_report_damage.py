@@ -15,6 +15,7 @@ from coterie.core.errors import UserError
 from coterie.launch.load_config import load_config
 from coterie.launch.main import main
 from coterie.launch.report.page import write_report
+from coterie.parallel.exchange_time import ExchangeTime
 from coterie.parallel.load import LayerLoad
 from coterie.parallel.monitors import JsonLines, LoadLines, RunFacts
 from coterie.parallel.step import StepReport
@@ -41,7 +42,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
             monitor.start(RunFacts(folder, 9, first, 17, "ep 2", 2))
             for step in range(first + 1, first + 3):
                 losses = {"balance": 0.1}
-                monitor.step(StepReport(step, 2.0, losses, 1.0, 1e-3, 12, layers(), 0.5, False))
+                took = ExchangeTime(0.001, 0.002, 0.5, 0.008)
+                of_step = (2.0, losses, 1.0, 1e-3, 12, layers(), 0.5, False, took)
+                monitor.step(StepReport(step, *of_step))
             monitor.evaluation(4, {"loss": 4.5, "loss/text": float("nan")})
             if first:
                 monitor.failure(5, "step 5: the loss is inf")

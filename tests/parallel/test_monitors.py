@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
+from coterie.parallel.exchange_time import ExchangeTime
 from coterie.parallel.monitors import JsonLines, LoadLines, RunFacts, TensorBoard, Terminal
 from coterie.parallel.monitors.heat_map import dropped_map, heat_map, unrouted_map
 from coterie.parallel.step import StepReport
@@ -149,6 +150,28 @@ def test_starts_and_failures_stand_there(tmp_path: Path) -> None:
     assert not [line for line in lines(tmp_path) if "failure" in line]
 
 
+WAITED = ExchangeTime(counts=0.001, exposed=0.002, step=0.5)
+IN_FULL = replace(WAITED, communication=0.008)
+
+
+def test_exchanges_between_ranks(tmp_path: Path) -> None:
+    """Those of a step that was measured in full are told, whichever step it was."""
+    monitor = JsonLines(2)
+    monitor.start(facts(tmp_path))
+    for step, time in enumerate((WAITED, WAITED, IN_FULL, None), 1):
+        monitor.step(replace(report(step), exchange=time))
+    monitor.close()
+    _, *found = lines(tmp_path)
+    waited = {"exchange/exposed_ms": 2.0, "exchange/exposed_share": 0.004, "exchange/counts_ms": 1}
+    figures = [{k: v for k, v in line.items() if k.startswith("exchange/")} for line in found]
+    assert [line["step"] for line in found] == [2, 3, 4]
+    assert figures == [
+        waited,
+        {**waited, "exchange/communication_ms": 8.0, "exchange/hidden": 0.75},
+        {},
+    ]
+
+
 def test_an_expert_is_dead_that_had_no_row_since_the_last_line(tmp_path: Path) -> None:
     monitor = JsonLines(2)
     monitor.start(facts(tmp_path))
@@ -271,6 +294,24 @@ def test_scalars_can_be_read_back(tmp_path: Path) -> None:
         },
         "held_out/loss": {5: 4.0},
         "held_out/loss/image": {5: 3.5},
+    }
+
+
+def test_scalars_of_exchanges_between_ranks(tmp_path: Path) -> None:
+    monitor = TensorBoard(every=2, heat_map_every=4)
+    monitor.start(facts(tmp_path))
+    for step, time in enumerate((WAITED, WAITED, IN_FULL, None), 1):
+        monitor.step(replace(report(step), exchange=time))
+    monitor.close()
+    found = events(tmp_path)
+    tags = [tag for tag in found.Tags()["scalars"] if tag.startswith("exchange/")]
+    points = {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in tags}
+    assert points == {
+        "exchange/exposed_ms": dict.fromkeys((2, 3), 2.0),
+        "exchange/exposed_share": dict.fromkeys((2, 3), pytest.approx(0.004)),
+        "exchange/counts_ms": dict.fromkeys((2, 3), 1.0),
+        "exchange/communication_ms": {3: 8.0},
+        "exchange/hidden": {3: 0.75},
     }
 
 
