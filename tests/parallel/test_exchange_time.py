@@ -34,6 +34,10 @@ LAYERS, MICROS = 2, 2
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero bubble": {"parallel": {"pp": 2, "schedule": "zero_bubble", "ep": 2}},
     "sharded, sliced experts": {"parallel": {"tp": 2, "etp": 2, "dp_shard": 2}},
+    "overlapped": {
+        "parallel": {"ep": 4},
+        "model": {"exchange": {"kind": "overlapped", "pieces": 2, "slabs": 2}},
+    },
     "a stage of dense layers": {"parallel": {"pp": 2, "ep": 2, "stages": [1, 2]}},
 }
 
