@@ -89,10 +89,12 @@ def plan(
     from coterie.parallel.planner.plan import Plan
     from coterie.parallel.planner.workload import workload_of
 
-    check_world(resolved, world)
+    node = resolved.parallel.node or -(-world // (nodes or chosen.nodes(world)))
+    parallel = resolved.parallel.model_copy(update={"node": node})
+    check_world(resolved.model_copy(update={"parallel": parallel}), world)
     work = workload_of(
         resolved.model,
-        resolved.parallel,
+        parallel,
         resolved.train,
         resolved.data.sequence,
         world,

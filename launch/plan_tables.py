@@ -49,6 +49,8 @@ def show(plan: "Plan", name: str, every_rank: bool) -> None:
     )
     console.print(_groups(plan))
     console.print(_traffic(plan))
+    if plan.routes:
+        console.print(_exchange(plan))
     console.print(_time(plan.time))
     if every_rank:
         console.print(_ranks(plan))
@@ -161,6 +163,18 @@ def _traffic(plan: "Plan") -> Table:
     return table
 
 
+def _exchange(plan: "Plan") -> str:
+    """Which route is the fastest, beside the others."""
+    now, best = plan.route, plan.best_route
+    assert best is not None
+    took = [f"{name} {_seconds(s)}" for name, s in plan.routes.items() if name != best]
+    return (
+        f"exchange: route {best} {'takes' if best == now else 'would take'} "
+        f"{_seconds(plan.routes[best])} a layer and micro-batch, {', '.join(took)}"
+        + ("" if best == now else f": set model.moe.exchange.route={best}")
+    )
+
+
 def _weight(plan: "Plan", pp: int) -> float:
     sent = [(c.count, plan.links.sent(c)) for c in plan.collectives[pp]]
     return sum(count * (s.node + 8 * s.network) for count, s in sent)
@@ -262,6 +276,7 @@ def _summary(plan: "Plan") -> dict[str, Any]:
         "skew": work.skew,
         "peak_bytes": plan.peak,
         "fits": plan.fits,
+        "exchange": {"route": plan.route, "best": plan.best_route, "seconds": plan.routes},
         "step": asdict(plan.time),
     }
 
@@ -274,7 +289,10 @@ def overrides(candidate: "Candidate") -> list[str]:
     """What to add to a command to run a layout that a search found."""
     changed = candidate.parallel.model_dump(exclude_defaults=True)
     settings = ", ".join(f"{name}: {value}" for name, value in changed.items())
-    return [f"parallel={{{settings}}}", f"train.recompute={candidate.plan.work.recompute}"]
+    found = [f"parallel={{{settings}}}", f"train.recompute={candidate.plan.work.recompute}"]
+    if candidate.plan.routes:
+        found.append(f"model.moe.exchange.route={candidate.plan.route}")
+    return found
 
 
 def show_search(found: "Found", name: str, machine: "Machine") -> None:
@@ -286,14 +304,16 @@ def show_search(found: "Found", name: str, machine: "Machine") -> None:
         f"{machine.name}: {found.possible:,} layouts are possible, {found.fitting:,} fit"
     )
     table = Table()
-    for column in ("", "layout", "recompute", "step", "MFU", "bubble", "peak"):
-        table.add_column(column, justify="left" if column in ("layout", "recompute") else "right")
+    for column in ("", "layout", "recompute", "route", "step", "MFU", "bubble", "peak"):
+        left = column in ("layout", "recompute", "route")
+        table.add_column(column, justify="left" if left else "right")
     for place, candidate in enumerate(found.best, 1):
         plan = candidate.plan
         table.add_row(
             str(place),
             plan.work.layout.describe(),
             plan.work.recompute,
+            plan.route if plan.routes else "",
             _seconds(plan.time.total),
             f"{plan.time.utilisation:.1%}",
             f"{plan.time.bubble_share:.1%}",

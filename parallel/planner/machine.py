@@ -49,3 +49,7 @@ class Machine(Config):
     def bytes(self) -> float:
         """That tensors can take on one rank."""
         return self.memory * 1e9 * self.usable
+
+    def nodes(self, world: int) -> int:
+        """That ``world`` ranks need."""
+        return -(-world // self.ranks_per_node)

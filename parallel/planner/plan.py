@@ -6,12 +6,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from coterie.comm.exchange.config import Route
 from coterie.parallel.layout import AXES
+from coterie.parallel.planner.exchange import route_of
 from coterie.parallel.planner.machine import Machine
 from coterie.parallel.planner.memory import Memory, memory
 from coterie.parallel.planner.parameters import owned
 from coterie.parallel.planner.pieces import Pieces
-from coterie.parallel.planner.time import StepTime, step_time
+from coterie.parallel.planner.time import StepTime, route_seconds, step_time
 from coterie.parallel.planner.traffic import Collective, Links, Sent, collectives, total
 from coterie.parallel.planner.workload import Workload
 
@@ -36,12 +38,13 @@ class Plan:
     """What ``work`` costs on ``machine``, ``nodes`` of them."""
 
     def __init__(self, work: Workload, machine: Machine, nodes: int | None = None) -> None:
-        self.work = work
-        self.machine = machine
         world = work.layout.world
-        self.nodes = nodes or -(-world // machine.ranks_per_node)
-        self.links = Links(work.layout, self.nodes)
-        self.pieces = Pieces(work)
+        self.machine = machine
+        self.nodes = nodes or machine.nodes(world)
+        node = work.layout.node or -(-world // self.nodes)
+        self.work = replace(work, layout=replace(work.layout, node=node))
+        self.links = Links(self.work.layout, self.nodes)
+        self.pieces = Pieces(self.work)
 
     @cached_property
     def by_pipeline_rank(self) -> list[Memory]:
@@ -62,6 +65,28 @@ class Plan:
     def time(self) -> StepTime:
         """Of a step."""
         return step_time(self.work, self.machine, self.links, self.pieces)
+
+    @cached_property
+    def routes(self) -> dict[Route, float]:
+        """Seconds of one layer's exchange on each route; empty where nothing is exchanged."""
+        return route_seconds(self.work, self.machine, self.links)
+
+    @property
+    def route(self) -> Route:
+        """The one that is taken."""
+        return route_of(self.work)
+
+    @property
+    def best_route(self) -> Route | None:
+        """The fastest; None where nothing is exchanged."""
+        return min(self.routes, key=self.routes.__getitem__, default=None)
+
+    def on_best_route(self) -> "Plan":
+        """The plan of the same work on that route."""
+        route = self.best_route
+        if route is None or route == self.work.route:
+            return self
+        return Plan(replace(self.work, route=route), self.machine, self.nodes)
 
     @cached_property
     def collectives(self) -> list[list[Collective]]:

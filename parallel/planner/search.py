@@ -54,6 +54,7 @@ def search(
     the run's config allows a layout that the model does.
 
     The global batch and its micro-batches stay as they are: they are part of the run's numbers.
+    The exchange takes the best route of each layout.
     """
     possible = fitting = 0
     found: list[Candidate] = []
@@ -68,7 +69,7 @@ def search(
             plan = Plan(replace(work, recompute=recompute), machine, nodes)
             if plan.fits:
                 fitting += 1
-                found.append(Candidate(parallel, plan))
+                found.append(Candidate(parallel, plan.on_best_route()))
     found.sort(key=lambda candidate: candidate.plan.time.total)
     return Found(found[:best], possible, fitting)
 

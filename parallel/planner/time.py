@@ -7,14 +7,16 @@ what it sends: all of it in the open, but for FSDP's, which runs beside the prod
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
+from coterie.comm.exchange.config import Route
 from coterie.parallel.layout import Layout
+from coterie.parallel.planner.exchange import routes
 from coterie.parallel.planner.flops import stage_flops
 from coterie.parallel.planner.machine import Machine
 from coterie.parallel.planner.muon import matrices, newton_schulz_flops
 from coterie.parallel.planner.parameters import unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces
 from coterie.parallel.planner.schedule import Action, Order, order
-from coterie.parallel.planner.traffic import Collective, Links, Sent, collectives
+from coterie.parallel.planner.traffic import Collective, Links, Sent, collectives, exchanges
 from coterie.parallel.planner.workload import Workload
 
 _UPDATE = 13
@@ -130,6 +132,25 @@ def _one(links: Links, machine: Machine, collective: Collective) -> float:
         machine.node.seconds(sent.node) if sent.node else 0.0,
         machine.network.seconds(sent.network) if sent.network else 0.0,
     )
+
+
+def route_seconds(work: Workload, machine: Machine, links: Links) -> dict[Route, float]:
+    """The exchange of one layer of experts in both passes over a micro-batch (the mean of layers),
+    for each route that the layout has."""
+    model = work.model
+    layers = [layer for layer in range(model.layers) if model.is_moe(layer)]
+    kinds = {(model.experts_of(n), model.depths_of(n)): n for n in layers}
+
+    def seconds(route: Route) -> float:
+        on_route = replace(work, route=route)
+        of_kind = {
+            kind: sum(_one(links, machine, c) for c in exchanges(on_route, [layer]))
+            for kind, layer in kinds.items()
+        }
+        of_layers = [of_kind[model.experts_of(n), model.depths_of(n)] for n in layers]
+        return sum(of_layers) / len(layers)
+
+    return {route: seconds(route) for route in routes(work.layout)}
 
 
 def _update(work: Workload, machine: Machine, pp: int) -> float:

@@ -8,12 +8,14 @@ sends to each rank its share.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from coterie.parallel.gradients import BUCKET
 from coterie.parallel.layout import Layout
+from coterie.parallel.planner.exchange import legs
 from coterie.parallel.planner.muon import gatherings, matrices, muon_bytes
 from coterie.parallel.planner.parameters import parameters, unit_sizes, units_of, uses
 from coterie.parallel.planner.workload import INT, Workload
@@ -120,20 +122,58 @@ def _updates(work: Workload, pp: int) -> Iterator[Collective]:
         yield Collective("updates of matrices", axis, "all-gather", volume, "step", None, count)
 
 
+def _runs(work: Workload) -> int:
+    """How often a block's forward pass is run."""
+    return 2 if work.recompute == "full" else 1
+
+
+def _both(
+    stage: int | None, times: int, what: str, axis: str, op: Op, volume: int, runs: int
+) -> Iterator[Collective]:
+    """In the forward pass, and what its gradient needs."""
+    back: dict[Op, Op] = {"all-gather": "reduce-scatter", "reduce-scatter": "all-gather"}
+    yield Collective(what, axis, op, volume, "forward", stage, times)
+    gradient = back.get(op, op)
+    yield Collective(what, axis, gradient, volume, "backward", stage, times)
+    if runs > 1:
+        yield Collective(f"{what}, again", axis, op, volume, "backward", stage, times)
+
+
+def _facts(
+    stage: int | None, times: int, what: str, axis: str, op: Op, volume: int, runs: int
+) -> Iterator[Collective]:
+    """In the forward pass, without a gradient."""
+    for when in _PASSES[:runs]:
+        name = what if when == "forward" else f"{what}, again"
+        yield Collective(name, axis, op, volume, when, stage, times)
+
+
+def exchanges(work: Workload, layers: list[int], stage: int | None = None) -> Iterator[Collective]:
+    """Of the blocks ``layers``, on the work's route: rows or tokens to the experts and back."""
+    runs = _runs(work)
+    both = partial(_both, stage, work.micro_batches)
+    facts = partial(_facts, stage, work.micro_batches)
+    for each in zip(*(legs(work, layer) for layer in layers), strict=True):  # a leg of all layers
+        axis = each[0].axis
+        travelling, told, loads, visits = (
+            sum(sizes) for sizes in zip(*(leg[1:] for leg in each), strict=True)
+        )
+        yield from facts("counts of rows", axis, "all-gather", loads * INT, runs)
+        yield from facts("counts of tokens", axis, "all-gather", visits * INT, runs)
+        yield from facts("places of rows", axis, "all-to-all", told * INT, runs)
+        yield from both("weights of rows", axis, "all-to-all", told * work.whole, runs)
+        elements = travelling * work.model.width
+        yield from both("dispatch", axis, "all-to-all", elements * work.whole, runs)
+        yield from both("combine", axis, "all-to-all", elements * work.half, runs)
+
+
 def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
     layout, times = work.layout, work.micro_batches
-    again = 2 if work.recompute == "full" else 1
+    again = _runs(work)
     width = work.model.width
     stream = work.gathered * width
 
-    def both(what: str, axis: str, op: Op, volume: int, runs: int) -> Iterator[Collective]:
-        """In the forward pass, and what its gradient needs."""
-        back: dict[Op, Op] = {"all-gather": "reduce-scatter", "reduce-scatter": "all-gather"}
-        yield Collective(what, axis, op, volume, "forward", stage, times)
-        gradient = back.get(op, op)
-        yield Collective(what, axis, gradient, volume, "backward", stage, times)
-        if runs > 1:
-            yield Collective(f"{what}, again", axis, op, volume, "backward", stage, times)
+    both = partial(_both, stage, times)
 
     def around(what: str, layers: list[int], last: bool) -> Iterator[Collective]:
         """The sequence gathered before a layer that tp splits, and its result scattered; running
@@ -150,9 +190,7 @@ def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
         brought there and back."""
         tokens = work.rows * work.sequence
         for what, size in (("facts of tokens", _FACTS * INT), ("scores of tokens", work.whole)):
-            for when in _PASSES[:again]:
-                name = what if when == "forward" else f"{what}, again"
-                yield Collective(name, "sequence", "all-gather", tokens * size, when, stage, times)
+            yield from _facts(stage, times, what, "sequence", "all-gather", tokens * size, again)
         volume = work.rows * work.inside(layer).sequence * width * work.whole
         yield from both("tokens that pass", "sequence", "reduce-scatter", volume, again)
         yield from both("their results", "sequence", "all-gather", volume, again)
@@ -173,9 +211,7 @@ def _of_stage(work: Workload, stage: int) -> Iterator[Collective]:
         for layer in some:
             yield from chosen(layer)
     if moe and layout.ep * layout.etp > 1:
-        rows = sum(work.inside(layer).received for layer in moe) * width
-        yield from both("dispatch", "expert", "all-to-all", rows * work.whole, again)
-        yield from both("combine", "expert", "all-to-all", rows * work.half, again)
+        yield from exchanges(work, moe, stage)
     if stage == 0 and layout.tp > 1:
         yield from both("embedding", "tp", "reduce-scatter", stream * work.whole, 1)
     if stage == layout.stages - 1 and layout.tp > 1:

@@ -6,8 +6,10 @@ from typing import Literal, cast
 
 import torch
 
+from coterie.comm.exchange.config import Route
 from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
+from coterie.moe.routers.top_k import TopKConfig
 from coterie.parallel.config import TrainConfig
 from coterie.parallel.layout import Layout, LayoutConfig
 from coterie.parallel.optimizer import OptimizerKind
@@ -41,6 +43,8 @@ class Workload:
     skew: float = 1.0
     """Rows that the busiest rank's experts receive over the even share."""
     optimizer: OptimizerKind = "adamw"
+    route: Route = "rows"
+    """Of the exchange."""
 
     @property
     def whole(self) -> int:
@@ -90,6 +94,12 @@ class Workload:
     def choices(self) -> float:
         """K: experts of a token, on average."""
         return self.model.moe.router.rows_per_token if self.model.moe else 0
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Groups of experts, and inside how many of them a token chooses."""
+        router = self.model.moe.router if self.model.moe else None
+        return (router.groups, router.top_groups) if isinstance(router, TopKConfig) else (1, 1)
 
     @property
     def head_width(self) -> int:
@@ -156,4 +166,5 @@ def workload_of(
         device=device,
         skew=skew,
         optimizer=optimizer,
+        route=model.moe.exchange.route if model.moe else "rows",
     )

@@ -75,13 +75,59 @@ def test_skew_costs_memory_and_time(place: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_layouts_that_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned(capsys, "good.yaml", "--world", "4", "--machine", "cpu", "--search")
+    text = (ROOT / "configs" / "machines" / "cpu.yaml").read_text()
+    Path("swift.yaml").write_text(text.replace("latency: 9880.0", "latency: 0"))
+    arguments = ("good.yaml", "--world", "4", "--machine", "swift.yaml")
+    found = planned(capsys, *arguments, "--search")
     assert found["fitting"] <= found["possible"]
     steps = [best["step"]["total"] for best in found["best"]]
     assert steps == sorted(steps) and len(steps) == 5
     for best in found["best"]:
-        again = planned(capsys, "good.yaml", "--world", "4", "--machine", "cpu", *best["overrides"])
+        again = planned(capsys, *arguments, *best["overrides"])
         assert again["step"] == best["step"] and again["peak_bytes"] == best["peak_bytes"]
+        assert again["exchange"] == best["exchange"]
+        assert again["exchange"]["route"] == (again["exchange"]["best"] or "rows")
+        named = [text for text in best["overrides"] if "route" in text]
+        assert bool(named) == bool(again["exchange"]["seconds"])
+    assert {best["exchange"]["best"] for best in found["best"]} - {None, "rows"}
+
+
+def test_the_best_route_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = ("--world", "16", "--nodes", "2", "parallel={ep: 16}", "model.layers=4")
+    batch = ("train.global_batch=16", "train.accumulation=1", "evaluation.batch=16")
+    arguments = ("deepseek_v3_like", *ranks, *batch)
+    rows = planned(capsys, *arguments)
+    seconds = rows["exchange"]["seconds"]
+    assert (rows["exchange"]["route"], rows["exchange"]["best"]) == ("rows", "nodes")
+    assert seconds["nodes"] < seconds["tokens"] < seconds["rows"]
+    nodes = planned(capsys, *arguments, "model.moe.exchange.route=nodes")
+    assert nodes["exchange"] == {"route": "nodes", "best": "nodes", "seconds": seconds}
+    assert nodes["step"]["total"] < rows["step"]["total"]
+    axes = {c["axis"] for found in nodes["traffic"] for c in found if c["op"] == "all-to-all"}
+    assert axes == {"expert_across", "expert_node"}
+
+    def said(*more: str) -> str:
+        assert main(["plan", *arguments, *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert f"exchange: route nodes would take {seconds['nodes'] * 1e3:.1f} ms" in (shown := said())
+    assert "set model.moe.exchange.route=nodes" in shown
+    for name in ("rows", "tokens"):
+        assert f"{name} {seconds[name] * 1e3:.1f} ms" in shown
+    assert "exchange: route nodes takes" in (shown := said("model.moe.exchange.route=nodes"))
+    assert "set model.moe" not in shown
+    assert main(["plan", "good.yaml", "--world", "2"]) == 0
+    assert "exchange" not in capsys.readouterr().out  # between one rank
+
+
+def test_nodes_as_a_route_need_even_nodes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("good.yaml", "--world", "4", "parallel.ep=4", "model.moe.exchange.route=nodes")
+    said = refused(capsys, *arguments, "parallel.node=3")
+    assert "parallel.node is 3, which spreads the 4 ranks" in said
+    six = ("--world", "6", "--nodes", "2", "parallel.ep=2", "train.global_batch=6")
+    assert "which spreads the 2 ranks" in refused(capsys, *arguments, *six, "evaluation.batch=6")
+    assert planned(capsys, *arguments, "--nodes", "2")["exchange"]["route"] == "nodes"
+    assert planned(capsys, *arguments, "--nodes", "1")["exchange"]["route"] == "tokens"
 
 
 def test_mistakes_end_in_a_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from tests.distributed import run_ranks
 from tests.parallel.planner.measure import TREE, batch_of, config_of
 
 SMALL = 20_000
-"""Bytes: counts, norms and sums over a vocabulary are not planned."""
+"""Bytes: norms and sums over a vocabulary are not planned; but all of an exchange is."""
 WHOLE: dict[tuple[Any, str], tuple[str, int]] = {
     (sequence, "all_gather"): ("all-gather", 0),
     (parts, "all_gather"): ("all-gather", 0),
@@ -50,7 +50,7 @@ def sent_in_a_step(rank: int, world: int, config: RunConfig) -> dict[str, int]:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             size = args[argument].numel() * args[argument].element_size()
-            bytes_of[op] += size if size > SMALL else 0
+            bytes_of[op] += size if op == "all-to-all" or size > SMALL else 0
             return plain(*args, **kwargs)
 
         return patch.object(module, name, call)
@@ -84,19 +84,45 @@ def test_bytes_of_a_real_step(parallel: dict[str, int], recompute: str) -> None:
         train={**TREE["train"], "recompute": recompute},
         optimizer={"kind": "muon"} if optimizer else {},
     )
+    check_bytes(config, run_ranks(2, sent_in_a_step, 2, config))
+
+
+def test_bytes_of_routes() -> None:
+    """Of 8 experts on 4 ranks on 2 nodes, a token's 7 are on all ranks, whichever they are."""
+    moe = {**TREE["model"]["moe"], "router": {"k": 7}}
+    configs = [
+        config_of(
+            model={**TREE["model"], "layers": 2, "moe": {**moe, "exchange": {"route": route}}},
+            parallel={"ep": 4, "node": 2},
+            train={**TREE["train"], "recompute": recompute},
+        )
+        for route, recompute in (("tokens", "none"), ("nodes", "none"), ("nodes", "full"))
+    ]
+    seen = run_ranks(4, sent_in_steps, 4, configs)
+    for config, *ranks in zip(configs, *seen, strict=True):
+        check_bytes(config, ranks)
+
+
+def sent_in_steps(rank: int, world: int, configs: list[RunConfig]) -> list[dict[str, int]]:
+    """Of a step of each config."""
+    return [sent_in_a_step(rank, world, config) for config in configs]
+
+
+def check_bytes(config: RunConfig, ranks: list[dict[str, int]]) -> None:
+    """What ``ranks`` sent is what is planned."""
     work = workload_of(
         config.model,
         config.parallel,
         config.train,
         config.data.sequence,
-        2,
+        len(ranks),
         optimizer=config.optimizer.kind,
     )
     planned: Counter[str] = Counter()
     for collective in collectives(work, 0):
-        size = collective.volume * collective.count
-        planned[collective.op] += size if collective.volume > SMALL else 0
-    ranks = run_ranks(2, sent_in_a_step, 2, config)
-    seen = {op: sum(rank.get(op, 0) for rank in ranks) / 2 for op in {*planned, *ranks[0]}}
+        counted = collective.op == "all-to-all" or collective.volume > SMALL
+        planned[collective.op] += collective.volume * collective.count if counted else 0
+    ops = {*planned, *ranks[0]}
+    seen = {op: sum(rank.get(op, 0) for rank in ranks) / len(ranks) for op in ops}
     # rows that arrive vary from rank to rank, but not in their sum
     assert seen == {op: pytest.approx(planned[op], rel=1e-6) for op in seen}
