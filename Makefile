@@ -13,6 +13,8 @@ READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
+# a file for each core at a time; in conformance, a test
+BY_FILE := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # their ranks share a core: one set of processes for each core is the fastest
 CONFORMANCE := tests/conformance tests/resharding
 ONE_FOR_EACH_CORE := $(BIN)/python -m pytest -n auto
@@ -66,7 +68,7 @@ train: $(READY)
 test: $(TESTS_READY)
 	@echo "== running the tests"
 	@failed=0; \
-	  $(BIN)/python -m pytest $(CONFORMANCE:%=--ignore=%) || failed=1; \
+	  $(BY_FILE) $(CONFORMANCE:%=--ignore=%) || failed=1; \
 	  $(ONE_FOR_EACH_CORE) $(CONFORMANCE) || failed=1; \
 	  exit $$failed
 
