@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument(
         "--overlapped",
         nargs="*",
-        default=["1x1", "2x1", "4x1", "1x4"],
+        default=["2x1", "4x1", "1x4"],
         metavar="PxS",
         help="settings of the overlapped exchange: pieces x slabs",
     )

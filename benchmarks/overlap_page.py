@@ -54,7 +54,7 @@ _INTRODUCTION = """\
 
 Written by `python benchmarks/overlap.py` (`benchmarks/results/overlap.json` holds every figure).
 One whole MoE layer in fp32, router included, its experts shared out over hosts: network namespaces
-behind links of a set rate (`tbf`, each way), gloo over TCP, one rank and one torch thread each,
+behind links of a set rate (`tbf`, each way, jumbo frames), gloo over TCP, one rank and one torch thread each,
 scheduled as batch. Two hosts have a core each; four share two cores. All contenders compute the
 same from the same weights, in turn in the same processes, with fresh inputs each round; a pass
 takes as long as its slowest rank; medians over rounds, ratios taken within a round.

@@ -34,6 +34,8 @@ class Trip(NamedTuple):
     """Rows or tokens that come from each rank."""
     load_SL: Tensor
     """int64: rows that come from each rank for each local expert."""
+    load_RL: Tensor
+    """int64: rows that go to each rank for each of its experts."""
     visit_A: Tensor | None = None
     """int64: of the rows to compute, by (source rank, local expert), which of that rank's tokens
     each is; None: rows travel."""
@@ -127,7 +129,8 @@ class ExchangeBetweenRanks(ABC):
         again: bool = False,
     ) -> Tensor:
         """``again``: keep ``x_TD``, and repeat the way there and the experts for the gradients."""
-        trip = self._trip(sent_SR, load_SE.unflatten(1, (self.ranks, -1))[:, self.rank])
+        load_SRL = load_SE.unflatten(1, (self.ranks, -1))
+        trip = self._trip(sent_SR, load_SRL[:, self.rank], load_SRL[self.rank])
         if self.deduplicate:
             token_A, trip = self._of_tokens(trip, token_A, weight_A, x_TD.shape[0])
         inverse = invert(token_A, x_TD.shape[0])
@@ -141,8 +144,9 @@ class ExchangeBetweenRanks(ABC):
             returned_AD = there_and_back(x_TD)
         return unpermute(returned_AD, None if self.deduplicate else weight_A, token_A, inverse)
 
-    def _trip(self, sent_SR: list[list[int]], load_SL: Tensor) -> Trip:
-        return Trip(sent_SR[self.rank], [sent_R[self.rank] for sent_R in sent_SR], load_SL)
+    def _trip(self, sent_SR: list[list[int]], load_SL: Tensor, load_RL: Tensor) -> Trip:
+        received_R = [sent_R[self.rank] for sent_R in sent_SR]
+        return Trip(sent_SR[self.rank], received_R, load_SL, load_RL)
 
     def _of_tokens(
         self, rows: Trip, token_A: Tensor, weight_A: Tensor, tokens: int
@@ -157,6 +161,6 @@ class ExchangeBetweenRanks(ABC):
             fact_A1 = fact_A[:, None]
             return all_to_all_rows(fact_A1, rows.sent_R, rows.received_R, self.meter)[:, 0]
 
-        trip = self._trip(sent_SR, rows.load_SL)
+        trip = self._trip(sent_SR, rows.load_SL, rows.load_RL)
         trip = trip._replace(visit_A=sent(mine.visit_A), weight_A=sent(weight_A))
         return mine.token_B, trip

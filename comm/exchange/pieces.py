@@ -1,6 +1,6 @@
 """What travels between ranks, cut into pieces that are computed one by one."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,20 +44,32 @@ class Route(NamedTuple):
         """Cut what travels on ``trip`` for ``rank``."""
         own, *others = rounds_of(rank, len(trip.sent_R))
         begin_R = [0, *torch.tensor(trip.sent_R).cumsum(0).tolist()]
+        # tokens are for several experts each: nothing says where to cut them
+        of_rows = trip.visit_A is None
+        go_RL = trip.load_RL.tolist() if of_rows else [[length] for length in trip.sent_R]
+        come_SL = trip.load_SL.tolist() if of_rows else [[length] for length in trip.received_R]
         return cls(
-            local=_cut(own, begin_R[own], trip.sent_R[own], pieces),
-            inbound=[p for peer in others for p in _cut(peer, 0, trip.received_R[peer], pieces)],
+            local=_cut(own, begin_R[own], go_RL[own], pieces),
+            inbound=[p for peer in others for p in _cut(peer, 0, come_SL[peer], pieces)],
             outbound=[
                 piece
                 for peer in reversed(others)
-                for piece in _cut(peer, begin_R[peer], trip.sent_R[peer], pieces)
+                for piece in _cut(peer, begin_R[peer], go_RL[peer], pieces)
             ],
         )
 
 
-def _cut(peer: int, begin: int, length: int, pieces: int) -> list[Piece]:
-    """Of equal length, up to one."""
-    edges = [begin + length * number // pieces for number in range(pieces + 1)]
+def _cut(peer: int, begin: int, load: list[int], pieces: int) -> list[Piece]:
+    """Of about equal length, from ``begin`` on: between two experts, where that is no more than a
+    quarter of a piece away, so that products stay long."""
+    length = sum(load)
+    ends = list(accumulate(load))
+    edges = [begin]
+    for number in range(1, pieces):
+        even = length * number // pieces
+        between = min(ends, key=lambda end: abs(end - even))
+        edges.append(begin + (between if 4 * pieces * abs(between - even) <= length else even))
+    edges.append(begin + length)
     return [Piece(peer, number, slice(*pair)) for number, pair in enumerate(pairwise(edges))]
 
 

@@ -29,7 +29,7 @@ def test_a_case_is_measured_once_and_the_hosts_are_gone(
     case = Case("Mixtral", 2, 1000)
     assert case.name in run()
     (result,) = json.loads((tmp_path / "overlap.json").read_text())["results"].values()
-    names = [COMPUTE, COMMUNICATION, PLAIN, "two chunks", "overlapped 1x1", TUNED]
+    names = [COMPUTE, COMMUNICATION, PLAIN, "two chunks", "overlapped 2x1", TUNED]
     assert list(result["contenders"]) == names
     assert result["differs"].keys() == set(names[3:])
     for passes in result["contenders"].values():
@@ -39,7 +39,7 @@ def test_a_case_is_measured_once_and_the_hosts_are_gone(
     size = result["shape"]
     least = 2 * size["T"] * size["K"] / 2 * size["D"] * 4 * 8 / 1000e6
     assert result["contenders"][COMMUNICATION]["forward"]["ms"] > 0.8e3 * least
-    assert "overlapped 1x1" in (tmp_path / "overlap.md").read_text()
+    assert "overlapped 2x1" in (tmp_path / "overlap.md").read_text()
     assert case.name not in run()
     for listing in (["ip", "-br", "link"], ["ip", "netns"]):
         assert "coterie" not in subprocess.run(listing, capture_output=True, text=True).stdout
