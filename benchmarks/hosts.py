@@ -66,9 +66,8 @@ def _hosts(made: list[Host]) -> Iterator[list[Host]]:
         for host in made:
             port = f"{host.namespace}p"
             _run(f"ip netns add {host.namespace}")
-            _run(
-                f"ip link add {port} mtu {_MTU} type veth peer name eth0 mtu {_MTU} netns {host.namespace}"
-            )
+            peer = f"eth0 mtu {_MTU} netns {host.namespace}"
+            _run(f"ip link add {port} mtu {_MTU} type veth peer name {peer}")
             _run(f"ip link set {port} master {_BRIDGE} up")
             _inside(host, f"ip addr add {host.address}/24 dev eth0")
             _inside(host, "ip link set eth0 up")

@@ -54,10 +54,10 @@ _INTRODUCTION = """\
 
 Written by `python benchmarks/overlap.py` (`benchmarks/results/overlap.json` holds every figure).
 One whole MoE layer in fp32, router included, its experts shared out over hosts: network namespaces
-behind links of a set rate (`tbf`, each way, jumbo frames), gloo over TCP, one rank and one torch thread each,
-scheduled as batch. Two hosts have a core each; four share two cores. All contenders compute the
-same from the same weights, in turn in the same processes, with fresh inputs each round; a pass
-takes as long as its slowest rank; medians over rounds, ratios taken within a round.
+behind links of a set rate (`tbf`, each way, jumbo frames), gloo over TCP, one rank and one torch
+thread each, scheduled as batch. Two hosts have a core each; four share two cores. All contenders
+compute the same from the same weights, in turn in the same processes, with fresh inputs each round;
+a pass takes as long as its slowest rank; medians over rounds, ratios taken within a round.
 
 - *plain*: one all-to-all there, one back (`exchange.kind: all_to_all`). Speed-ups are over it.
 - *two chunks*: the pipeline of Tutel and FasterMoE: half the tokens travel, the other half is
