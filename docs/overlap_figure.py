@@ -158,7 +158,11 @@ def draw(folder: Path, path: Path) -> None:
         began = passes["began"]
         inside = (at > began - 0.02) & (at < passes["ended"] + 0.02)
         panel.fill_between(
-            1e3 * (at[inside] - began), megabits[inside], step="pre", color="#e8b04a", lw=0
+            1e3 * (at[inside] - began),
+            megabits[inside].clip(0, 1.2 * RATE),
+            step="pre",
+            color="#e8b04a",
+            lw=0,
         )
         spans = [(1e3 * (a - began), 1e3 * (b - a)) for a, b in passes["products"]]
         panel.broken_barh(spans, (-0.55 * RATE, 0.4 * RATE), color="#2f6f9f")
@@ -166,10 +170,10 @@ def draw(folder: Path, path: Path) -> None:
         for edge, what in ((middle, "forward"), (end, "backward")):
             panel.axvline(edge, color="black", lw=0.8, ls=":")
             panel.annotate(
-                f"{what} ends: {edge:.0f} ms", (edge, 1.2 * RATE), ha="right", va="top",
+                f"{what} ends: {edge:.0f} ms", (edge, 1.7 * RATE), ha="right", va="top",
                 xytext=(-3, 0), textcoords="offset points", fontsize=8,
             )  # fmt: skip
-        panel.set_ylim(-0.65 * RATE, 1.25 * RATE)
+        panel.set_ylim(-0.65 * RATE, 1.75 * RATE)
         panel.set_yticks([-0.35 * RATE, RATE / 2], ["products", "rows arriving"], fontsize=8)
         panel.set_title(name, fontsize=9, loc="left")
         for side in ("top", "right", "left"):

@@ -13,8 +13,10 @@ from coterie.parallel.rules import blocks_of_stages, layout_of
 
 def join(config: RunConfig, world: int) -> Ranks:
     """Check that ``world`` processes can run ``config``, and join them. UserError when not."""
-    layout = layout_of(on_nodes(config.parallel), world, config.model)
-    return start(layout, config.train.timeout)
+    moe = config.model.moe
+    by_nodes = moe is not None and moe.exchange.route == "nodes"
+    parallel = on_nodes(config.parallel) if by_nodes else config.parallel
+    return start(layout_of(parallel, world, config.model), config.train.timeout)
 
 
 def cache() -> Path:

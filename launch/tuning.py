@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from coterie.launch.config import RunConfig
 from coterie.parallel.distributed import Ranks
 from coterie.parallel.precision import resolve
 from coterie.parallel.tuning import Layer, candidates, choose, is_open, measure
+
+_CLUSTER = ("SLURM_CLUSTER_NAME", "SLURM_JOB_PARTITION", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""What tells one network from another, where anything does."""
 
 
 def tuned(config: RunConfig, ranks: Ranks, say: Callable[[str], None]) -> RunConfig:
@@ -48,13 +52,12 @@ def _layer(config: RunConfig, ranks: Ranks) -> Layer:
     assert moe is not None
     sequences = train.global_batch // (train.accumulation * layout.dp)
     tokens = sequences * config.data.sequence // (layout.cp * layout.tp)
-    rounded = 1 << max(0, tokens - 1).bit_length()
     return Layer(
         moe,
         config.model.width,
-        rounded,
+        tokens,
         resolve(train.precision, ranks.device),
-        train.recompute != "none",
+        train.recompute == "selective",
     )
 
 
@@ -70,7 +73,8 @@ def _key(layer: Layer, ranks: Ranks) -> dict[str, Any]:
         "node": layout.node,
         "ep": layout.ep,
         "etp": layout.etp,
-        "tokens": layer.tokens,
+        "tokens": 1 << max(0, layer.tokens - 1).bit_length(),
+        "cluster": [os.environ.get(name) for name in _CLUSTER],
         "width": layer.width,
         "experts": moe.experts.model_dump(mode="json"),
         "rows_per_token": moe.router.rows_per_token,
@@ -124,7 +128,8 @@ def _remember(file: Path, layer: Layer, ranks: Ranks, seconds: list[float]) -> N
         unfinished.write_text(text)
         unfinished.replace(file)
     except OSError:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def _sentence(layer: Layer, seconds: list[float], chosen: ExchangeConfig, how: str) -> str:

@@ -108,6 +108,11 @@ def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:
         timeout=limit,
         device_id=device if device.type == "cuda" else None,
     )
+    if layout.node is not None and len(set(gather_objects(layout.node, dist.group.WORLD))) > 1:
+        raise UserError(
+            "nodes have different numbers of ranks: set parallel.node, or another "
+            "model.moe.exchange.route than nodes"
+        )
     return make_groups(layout, device, limit)
 
 

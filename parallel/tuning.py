@@ -55,7 +55,9 @@ def candidates(exchange: ExchangeConfig) -> list[ExchangeConfig]:
     open."""
     pieces = PIECES if exchange.pieces is None else (exchange.pieces,)
     slabs = SLABS if exchange.slabs is None else (exchange.slabs,)
-    cuts = [(p, s) for p in pieces for s in slabs if p * s <= MOST or len(pieces) * len(slabs) == 1]
+    # what the config fixes is tried with the least of the other, however many messages that makes
+    least = min(pieces) * min(slabs)
+    cuts = [(p, s) for p in pieces for s in slabs if p * s <= max(MOST, least)]
     plain = exchange.model_copy(update={"kind": "all_to_all"})
     return [plain, *(exchange.model_copy(update={"pieces": p, "slabs": s}) for p, s in cuts)]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -50,6 +51,8 @@ class Mail(Protocol):
 
     meter: Meter
     """The group's."""
+    tells: bool
+    """Whether ``Arrival.ready`` says when a message has arrived."""
 
     def receive(self, messages: Iterable[Message]) -> list[Arrival]:
         """Ask for messages in this order, after those that were asked for before."""
@@ -72,6 +75,8 @@ class ThreadMail:
     ``ahead`` messages before they are there. Without that order the messages of several senders
     share the receiver's link and all arrive late.
     """
+
+    tells = True
 
     def __init__(self, meter: Meter, ahead: int = 2) -> None:
         self.group, self.meter = meter.group, meter
@@ -124,12 +129,14 @@ class ThreadMail:
                     assert work is not None
                     asked.append((arrival, work))
             arrival, work = asked.popleft()
+            rows_AD = arrival.message.rows_AD
             try:
                 work.wait()
             except BaseException as error:
                 arrival.arrived(error)
             else:
                 arrival.arrived()
+            del arrival, work, rows_AD  # not to be kept until the next message
 
 
 class StreamMail:
@@ -138,6 +145,8 @@ class StreamMail:
     A message that is sent travels in a group with the next one that was asked for, as NCCL needs
     it: all ranks must send their messages in the order in which the others ask for theirs.
     """
+
+    tells = False
 
     def __init__(self, meter: Meter) -> None:
         self.group, self.meter = meter.group, meter
@@ -174,3 +183,8 @@ class StreamMail:
         """What was sent is gone with what came for it."""
         assert not self._asked and not self._works, "a message was asked for, but not waited for"
         self._sent.clear()
+
+
+def mail_for(device: torch.device, meter: Meter, ahead: int) -> Mail:
+    """For rows on ``device``: groups of a CUDA run have gloo for the host and NCCL for the rest."""
+    return StreamMail(meter) if device.type == "cuda" else ThreadMail(meter, ahead)

@@ -1,6 +1,6 @@
 """An exchange that hides the way of rows behind the experts' work (Comet, arXiv 2502.19811).
 
-Rows travel in pieces. The experts compute whichever piece is there: one from another rank, whose
+Rows travel in pieces. The experts compute the next piece from other ranks if it is there, whose
 results leave in slabs of columns while the next slab is computed, or else rows of this rank's own,
 which need no way at all. In the backward pass gradients travel so, and gradients of weights, which
 nobody waits for, fill the time that is left.
@@ -14,13 +14,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from coterie.comm.exchange.base import Exchange, SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
-from coterie.comm.exchange.mail import Mail, Message, StreamMail, ThreadMail
+from coterie.comm.exchange.mail import Mail, Message, mail_for
 from coterie.comm.exchange.pieces import Piece, Route, jobs, rows_of_pieces
 from coterie.comm.exchange.work import LocalWork, OnwardWork, Work
 from coterie.csrc.twins import acc_dtype
@@ -45,9 +44,9 @@ class OverlappedExchange(ExchangeBetweenRanks):
         ahead: int = 2,
     ) -> None:
         super().__init__(group, max_rows_factor, deduplicate, onward)
-        self.pieces, self.slabs = pieces, slabs
-        by_stream = dist.get_backend(group) == dist.Backend.NCCL
-        self.mail: Mail = StreamMail(self.meter) if by_stream else ThreadMail(self.meter, ahead)
+        self.pieces, self.slabs, self.ahead = pieces, slabs, ahead
+        self.mail: Mail | None = None
+        """Made for the device of the first rows."""
 
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
         """Every piece is computed once it is there."""
@@ -61,8 +60,11 @@ class OverlappedExchange(ExchangeBetweenRanks):
         else:
             rows = rows_of_pieces(route, trip, self.rank)
             work = OnwardWork(rows, self.onward, experts, slabs)
+        if self.mail is None:
+            self.mail = mail_for(sent_AD.device, self.meter, self.ahead)
         way = _Way(self.mail, route, trip.sent_R, trip.received_R)
-        returned_AD: Tensor = _Overlapped.apply(sent_AD, trip.weight_A, way, work, *weights)
+        grad = torch.is_grad_enabled()
+        returned_AD: Tensor = _Overlapped.apply(sent_AD, trip.weight_A, way, work, grad, *weights)
         return returned_AD
 
 
@@ -76,11 +78,11 @@ class _Overlapped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sent_AD: Tensor, weight_A: Tensor | None, way: "_Way", work: Work,
+        ctx: Any, sent_AD: Tensor, weight_A: Tensor | None, way: "_Way", work: Work, grad: bool,
         *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         passes = work.experts.passes(*weights)
-        keep = any(ctx.needs_input_grad)
+        keep = grad and any(ctx.needs_input_grad)
 
         def compute(number: int, x_PD: Tensor) -> Iterator[Tensor]:
             if keep and number < len(way.route.local):
@@ -116,7 +118,7 @@ class _Overlapped(torch.autograd.Function):
         while weight_sums.one():
             pass
         work.end()
-        return dsent_AD, dweight_A, None, None, *sums.to(dreturned_AD.dtype)
+        return dsent_AD, dweight_A, None, None, None, *sums.to(dreturned_AD.dtype)
 
 
 class _Way(NamedTuple):
@@ -163,7 +165,7 @@ class _Way(NamedTuple):
         while local or inbound:
             if not local or (inbound and not work.in_order and inbound[0][1][1].ready()):
                 number, (piece, arrival) = inbound[0]
-                if not arrival.ready() and fill():
+                if mail.tells and not arrival.ready() and fill():
                     continue
                 inbound.popleft()
                 for slab, y_PS in enumerate(compute(number, mail.wait(arrival))):

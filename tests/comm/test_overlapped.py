@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch.distributed import ProcessGroup
 from coterie.comm.axis import expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
 from coterie.comm.exchange.base import Exchange
-from coterie.comm.exchange.mail import Arrival, StreamMail
+from coterie.comm.exchange.mail import Arrival, StreamMail, ThreadMail, mail_for
 from coterie.comm.exchange.overlapped import OverlappedExchange
+from coterie.comm.exchange.work import LocalWork
 from tests.comm.test_all_to_all import CASES, LIMIT, _inputs, _layer, _step
 from tests.distributed import run_ranks
 from tests.moe.tiny import error
@@ -133,3 +136,32 @@ def test_what_is_late_changes_no_bit() -> None:
     for first, *others in run_ranks(4, _in_some_order, 4):
         for other in others:
             assert all(torch.equal(other[what], first[what]) for what in first)
+
+
+def _kept_without_gradients(rank: int, world: int) -> list[bool]:
+    arguments = _inputs(CASES["uneven"], world)[rank]
+    layer = _layer(CASES["uneven"], expert_parallel(_everyone()))
+    layer.exchange = OverlappedExchange(_everyone())
+    kept = []
+    forward = LocalWork.forward
+
+    def noted(work: LocalWork, *given: Any) -> Any:
+        kept.append(given[-1])
+        return forward(work, *given)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(LocalWork, "forward", noted)
+        layer(*arguments[:2])
+    return kept
+
+
+def test_evaluation_keeps_nothing() -> None:
+    for kept in run_ranks(2, _kept_without_gradients, 2):
+        assert kept and not any(kept)
+
+
+def test_mail_is_made_for_the_device_of_the_rows() -> None:
+    """A CUDA run's groups are of both backends: their name says nothing."""
+    meter: Any = SimpleNamespace(group=None)
+    assert isinstance(mail_for(torch.device("cuda", 1), meter, 2), StreamMail)
+    assert isinstance(mail_for(torch.device("cpu"), meter, 2), ThreadMail)

@@ -24,6 +24,8 @@ def test_what_is_left_open_is_tried() -> None:
     }  # fmt: skip
     _, *cuts = candidates(ExchangeConfig(kind="overlapped", pieces=3))
     assert [(cut.pieces, cut.slabs) for cut in cuts] == [(3, 1), (3, 2)]
+    _, *cuts = candidates(ExchangeConfig(kind="overlapped", slabs=16))
+    assert [(cut.pieces, cut.slabs) for cut in cuts] == [(1, 16)]
 
 
 @pytest.mark.parametrize(("fastest", "chosen"), [(0.5, True), (0.96, True), (0.98, False)])
