@@ -40,7 +40,8 @@ def tuned(config: RunConfig, ranks: Ranks, say: Callable[[str], None]) -> RunCon
     if seconds is None:
         say("measuring which exchange is the fastest for an expert layer of this run")
         seconds, how = measure(layer, ranks), "measured now"
-        from_rank_zero(lambda: _remember(file, layer, ranks, seconds), ranks.control)
+        if ranks.rank == 0:
+            _remember(file, layer, ranks, seconds)
     chosen = choose(moe.exchange, seconds)
     model = config.model.model_copy(update={"moe": moe.model_copy(update={"exchange": chosen})})
     say(_sentence(layer, seconds, chosen, how))

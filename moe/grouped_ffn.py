@@ -78,12 +78,7 @@ class _LoopFFN(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         passes = FFNPasses(w_in_EHD, w_out_EFD, activation)
-        y_AD = x_AD.new_empty(x_AD.shape[0], w_out_EFD.shape[2])
-        kept = []
-        for part in passes.hidden(x_AD, load):
-            y_AD[part.rows] = passes.result(part)
-            if not recompute:
-                kept.append(part.h_AH)
+        y_AD, kept = passes.forward(x_AD, load, keep=not recompute)
         ctx.save_for_backward(x_AD, w_in_EHD, w_out_EFD, *kept)
         ctx.load, ctx.activation = load, activation
         return y_AD
@@ -143,6 +138,16 @@ class FFNPasses:
     def __init__(self, w_in_EHD: Tensor, w_out_EFD: Tensor, activation: ActivationName) -> None:
         self.w_in_EHD, self.w_out_EFD = w_in_EHD, w_out_EFD
         self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x_AD: Tensor, load: list[int], keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """(y_AD, with ``keep`` the first product of each run), one run after the other."""
+        y_AD = x_AD.new_empty(x_AD.shape[0], self.w_out_EFD.shape[2])
+        kept = []
+        for part in self.hidden(x_AD, load):
+            y_AD[part.rows] = self.result(part)
+            if keep:
+                kept.append(part.h_AH)
+        return y_AD, kept
 
     def hidden(self, x_AD: Tensor, load: list[int]) -> Iterator[Hidden]:
         """Of each run of ``x_AD``, sorted by expert, ``load`` rows for each."""

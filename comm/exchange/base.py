@@ -56,6 +56,9 @@ class HiddenGradient(Run, Protocol):
 class Passes(Protocol):
     """Forward and backward pass of the local experts in parts, without autograd."""
 
+    def forward(self, x_AD: Tensor, load: list[int], keep: bool, /) -> tuple[Tensor, list[Tensor]]:
+        """(y_AD, with ``keep`` the ``h_AH`` of each run)."""
+
     def hidden(self, x_AD: Tensor, load: list[int], /) -> Iterator[Hidden]:
         """Of rows sorted by local expert, ``load`` for each."""
 

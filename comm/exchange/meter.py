@@ -6,7 +6,7 @@ once more, alone. What part of the second the first is, was not hidden.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -46,17 +46,13 @@ class Meter:
         self.rows = Stopwatch()
         self._shipments: list[Shipment] = []
 
-    @contextmanager
-    def counting(self, load_E: Tensor) -> Iterator[None]:
+    def counting(self, load_E: Tensor) -> AbstractContextManager[None]:
         """While this rank waits for the others' counts."""
-        with self.counts.running(load_E.device, self.on):
-            yield
+        return self.counts.running(load_E.device, self.on)
 
-    @contextmanager
-    def waiting(self, rows_AD: Tensor) -> Iterator[None]:
+    def waiting(self, rows_AD: Tensor) -> AbstractContextManager[None]:
         """While this rank waits for rows."""
-        with self.rows.running(rows_AD.device, self.on):
-            yield
+        return self.rows.running(rows_AD.device, self.on)
 
     def ship(self, sent_R: Sequence[int], received_R: Sequence[int], rows_AD: Tensor) -> None:
         """Note that rows like ``rows_AD`` go from each rank to the others."""

@@ -43,7 +43,7 @@ class Route(NamedTuple):
     def of(cls, trip: Trip, rank: int, pieces: int) -> "Route":
         """Cut what travels on ``trip`` for ``rank``."""
         own, *others = rounds_of(rank, len(trip.sent_R))
-        begin_R = [0, *torch.tensor(trip.sent_R).cumsum(0).tolist()]
+        begin_R = [0, *accumulate(trip.sent_R)]
         # tokens are for several experts each: nothing says where to cut them
         of_rows = trip.visit_A is None
         go_RL = trip.load_RL.tolist() if of_rows else [[length] for length in trip.sent_R]

@@ -239,12 +239,7 @@ class _Later(torch.autograd.Function):
     def forward(
         ctx: Any, x_AD: Tensor, load: list[int], passes: Passes, keeps: bool, later: deque[Any]
     ) -> Tensor:
-        y_AD = torch.empty_like(x_AD)
-        products = []
-        for part in passes.hidden(x_AD, load):
-            y_AD[part.rows] = passes.result(part, slice(None))
-            if keeps:
-                products.append(part.h_AH)
+        y_AD, products = passes.forward(x_AD, load, keeps)
         ctx.save_for_backward(x_AD, *products)
         ctx.load, ctx.passes, ctx.later = load, passes, later
         return y_AD
