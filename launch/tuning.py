@@ -58,7 +58,7 @@ def _layer(config: RunConfig, ranks: Ranks) -> Layer:
         config.model.width,
         tokens,
         resolve(train.precision, ranks.device),
-        train.recompute == "selective",
+        train.recompute,
     )
 
 

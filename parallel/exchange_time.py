@@ -1,8 +1,8 @@
 """What the exchanges of a step take: how long ranks wait for each other's rows, and what part of
 the rows' way the experts' work hid.
 
-Measured by timestamps (:mod:`coterie.comm.exchange.meter`), summed over layers, micro-batches and
-both passes.
+Measured by timestamps (:mod:`coterie.comm.exchange.meter`, :mod:`coterie.comm.exchange.alone`),
+summed over layers, micro-batches and both passes.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from coterie.comm.exchange.meter import Taken, seconds_alone
+from coterie.comm.exchange.alone import seconds_alone
+from coterie.comm.exchange.meter import Taken
 from coterie.comm.reduce import sum_over
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.tally import Tally, Totals

@@ -2,21 +2,25 @@
 
 Every rank runs forward and backward passes of an expert layer of the run's size, with random
 tokens, by one all-to-all there and one back and in pieces and slabs, in turns; what counts is the
-slowest rank's time. All-to-all stays unless another is faster by more than noise: the sweep never
-makes a layer slower than the plain exchange.
+slowest rank's time. The winner, which may have been lucky, meets the plain exchange once more, and
+stays only if it is faster there too by more than noise: a layer is not to be slower for it.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.comm.exchange.overlapped import OverlappedExchange
+from coterie.models.decoder import Recompute
 from coterie.moe.assignment import Assignment, from_choices, sliced
 from coterie.moe.experts import Experts
 from coterie.moe.layer import MoEConfig
@@ -27,9 +31,10 @@ from coterie.parallel.precision import autocast, parameter_dtype
 PIECES, SLABS, MOST = (1, 2, 4, 8), (1, 2, 4), 8
 """What is tried where the config leaves it open; up to ``MOST`` messages for each pair of ranks."""
 
-_GAIN = 0.97  # of the plain exchange's time: less is no noise
+_GAIN = 0.95  # of the plain exchange's time: less is no noise
 _NEAR = 1.15  # times the fastest: measured again
 _ROUNDS = (2, 3)  # of all, then of those that are near
+_DUEL = 7  # rounds of the fastest of these and the plain exchange, which alone count
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Layer:
     tokens: int
     """On this rank, in one micro-batch."""
     precision: Precision
-    recompute: bool
-    """Hidden activations are computed again in the backward pass."""
+    recompute: Recompute
+    """What the backward pass computes again: hidden activations, or the layer as a whole."""
 
 
 def is_open(exchange: ExchangeConfig) -> bool:
@@ -63,20 +68,24 @@ def candidates(exchange: ExchangeConfig) -> list[ExchangeConfig]:
 
 
 def measure(layer: Layer, ranks: Ranks) -> list[float]:
-    """Seconds of both passes by each of the layer's :func:`candidates`; inf for those that were
-    left behind at once. All ranks call, and get the same."""
-    found: list[list[float]] = [[] for _ in candidates(layer.moe.exchange)]
+    """Seconds of both passes by the plain exchange and by the fastest other one of the layer's
+    :func:`candidates`; inf for those that were left behind. All ranks call, and get the same."""
     try_once = _trials(layer, ranks)
-    near = list(range(len(found)))
-    for number, rounds in enumerate(_ROUNDS):
-        for turn in range(-1 if number == 0 else 0, rounds):
-            for candidate in near:
-                seconds = _slowest(try_once(candidate), ranks)
-                if turn >= 0:
-                    found[candidate].append(seconds)
-        fastest = min(median(times) for times in found)
-        near = [n for n, times in enumerate(found) if not n or median(times) < _NEAR * fastest]
-    return [median(times) if len(times) == sum(_ROUNDS) else float("inf") for times in found]
+
+    def run(some: Sequence[int], rounds: int) -> dict[int, list[float]]:
+        turns = [{n: _slowest(try_once(n), ranks) for n in some} for _ in range(rounds)]
+        return {n: [turn[n] for turn in turns] for n in some}
+
+    near: Sequence[int] = range(1, len(candidates(layer.moe.exchange)))
+    run(near, 1)  # the first time memory is new
+    found: dict[int, list[float]] = {n: [] for n in near}
+    for rounds in _ROUNDS:
+        for candidate, times in run(near, rounds).items():
+            found[candidate] += times
+        fastest = min(near, key=lambda n: median(found[n]))
+        near = [n for n in near if median(found[n]) < _NEAR * median(found[fastest])]
+    last = {n: median(times) for n, times in run((0, fastest), _DUEL).items()}
+    return [last.get(n, math.inf) for n in range(len(found) + 1)]
 
 
 def choose(exchange: ExchangeConfig, seconds: list[float]) -> ExchangeConfig:
@@ -97,7 +106,9 @@ def _trials(layer: Layer, ranks: Ranks) -> Callable[[int], float]:
     moe, axes = layer.moe, ranks.axes
     dtype = parameter_dtype(layer.precision)
     with torch.device(ranks.device):
-        experts = Experts(layer.width, moe.experts, axes.ep, axes.etp, layer.recompute).to(dtype)
+        experts = Experts(
+            layer.width, moe.experts, axes.ep, axes.etp, layer.recompute == "selective"
+        ).to(dtype)
     random = torch.Generator(ranks.device).manual_seed(ranks.rank)
     with torch.no_grad():
         for weight in experts.parameters():
@@ -122,9 +133,18 @@ def _trials(layer: Layer, ranks: Ranks) -> Callable[[int], float]:
             torch.randn(shape, generator=random, dtype=dtype, device=ranks.device) for _ in range(2)
         )
         assignment = _random_rows(layer, ranks, random, dtype)
+        chosen = exchange(candidate)
+
+        def there_and_back(x_TD: Tensor) -> Tensor:
+            return experts.over(chosen, x_TD, assignment)
+
+        x_TD.requires_grad_()
         began = _now(ranks)
         with autocast(layer.precision, ranks.device):
-            y_TD = experts.over(exchange(candidate), x_TD.requires_grad_(), assignment)
+            if layer.recompute == "full":
+                y_TD = checkpoint(there_and_back, x_TD, use_reentrant=False)
+            else:
+                y_TD = there_and_back(x_TD)
         y_TD.backward(dy_TD.to(y_TD.dtype))
         seconds = _now(ranks) - began
         experts.zero_grad()

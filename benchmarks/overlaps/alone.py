@@ -7,6 +7,7 @@ from torch.distributed import ProcessGroup
 
 from coterie.comm.exchange.base import Rows, SplitExperts
 from coterie.comm.exchange.local import LocalExchange
+from coterie.comm.exchange.rows import start_all_to_all
 from coterie.moe.assignment import Assignment
 
 
@@ -52,5 +53,7 @@ class TravellingRows:
         """One way and the other."""
         group = self.group
         here_AD, there_AD = self.here_AD, self.there_AD
-        dist.all_to_all_single(there_AD, here_AD, self.received_R, self.sent_R, group=group)
-        dist.all_to_all_single(here_AD, there_AD, self.sent_R, self.received_R, group=group)
+        for work in start_all_to_all(there_AD, here_AD, self.received_R, self.sent_R, group):
+            work.wait()
+        for work in start_all_to_all(here_AD, there_AD, self.sent_R, self.received_R, group):
+            work.wait()

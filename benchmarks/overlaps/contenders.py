@@ -135,7 +135,7 @@ def tuned(shape: Shape, group: ProcessGroup, layer: MoELayer) -> ExchangeConfig:
     layout = Layout(ep=size, dp_replicate=size)
     ranks = Ranks(group.rank(), torch.device("cpu"), layout, {"expert": group}, control=group)
     moe = layer_config(shape).model_copy(update={"exchange": ExchangeConfig(kind="overlapped")})
-    seconds = measure(Layer(moe, shape.D, shape.T, "fp32", recompute=False), ranks)
+    seconds = measure(Layer(moe, shape.D, shape.T, "fp32", recompute="none"), ranks)
     return choose(moe.exchange, seconds)
 
 

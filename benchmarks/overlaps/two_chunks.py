@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from coterie.comm.exchange.all_to_all import _compute
 from coterie.comm.exchange.base import Rows, SplitExperts
+from coterie.comm.exchange.rows import start_all_to_all
 from coterie.csrc.inverse import invert
 from coterie.csrc.permute import permute
 from coterie.csrc.unpermute import unpermute
@@ -100,14 +101,13 @@ class _Trip:
     def _start(self, x_AD: Tensor, sent_R: list[int], received_R: list[int]) -> Tensor:
         y_AD = x_AD.new_empty(sum(received_R), x_AD.shape[1])
         self._rows = x_AD.contiguous()  # alive until they are gone
-        self._work = dist.all_to_all_single(
-            y_AD, self._rows, received_R, sent_R, group=self.group, async_op=True
-        )
+        self._works = start_all_to_all(y_AD, self._rows, received_R, sent_R, self.group)
         return y_AD
 
     def _wait(self) -> None:
-        self._work.wait()
-        del self._work, self._rows
+        for work in self._works:
+            work.wait()
+        del self._works, self._rows
 
 
 class _Leave(torch.autograd.Function):

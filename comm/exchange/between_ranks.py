@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -43,6 +44,18 @@ class Trip(NamedTuple):
     """Their combine weights, where tokens travel: the results of a token are to be summed."""
 
 
+class Again:
+    """``on`` while a round runs again for what its backward pass needs: it has had its results."""
+
+    on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *failed: object) -> None:
+        self.on = False
+
+
 class ExchangeBetweenRanks(ABC):
     """Rows go to the rank that holds their expert and come back.
 
@@ -79,6 +92,7 @@ class ExchangeBetweenRanks(ABC):
         self.deduplicate = deduplicate
         self.meter = Meter(group)
         self.onward = onward
+        self.again = Again()
         self.meters: Sequence[Meter] = (self.meter, *(onward.meters if onward else ()))
 
     @abstractmethod
@@ -139,7 +153,12 @@ class ExchangeBetweenRanks(ABC):
             return self.travel(permute(x_TD, token_A, inverse), trip, experts)
 
         if again:
-            returned_AD = checkpoint(there_and_back, x_TD, use_reentrant=False)
+            returned_AD = checkpoint(
+                there_and_back,
+                x_TD,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), self.again),
+            )
         else:
             returned_AD = there_and_back(x_TD)
         return unpermute(returned_AD, None if self.deduplicate else weight_A, token_A, inverse)

@@ -1,8 +1,4 @@
-"""How long an exchange keeps its rank waiting, and how long its rows travel when nobody computes.
-
-Both are measured: the first by timestamps around every wait, the second by sending as many rows
-once more, alone. What part of the second the first is, was not hidden.
-"""
+"""How long an exchange keeps its rank waiting, by timestamps around every wait."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -97,18 +92,3 @@ class Stopwatch:
         seconds, self._seconds = self._seconds, 0.0
         self._events.clear()
         return seconds
-
-
-def seconds_alone(shipments: Sequence[Shipment], group: ProcessGroup) -> float:
-    """How long as many rows travel, one shipment after the other by all-to-all, when nobody
-    computes. All ranks of the group call."""
-    watch = Stopwatch()
-    for sent_R, received_R, like in shipments:
-        sent_AD = like.new_ones(sum(sent_R), like.shape[1])  # zeros would have no memory yet
-        received_AD = like.new_empty(sum(received_R), like.shape[1])
-        dist.barrier(group)
-        with watch.running(like.device):
-            dist.all_to_all_single(
-                received_AD, sent_AD, list(received_R), list(sent_R), group=group
-            )
-    return watch.take()

@@ -20,9 +20,13 @@ from torch.distributed import ProcessGroup
 from coterie.comm.exchange.base import Exchange, SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
 from coterie.comm.exchange.mail import Mail, Message, mail_for
-from coterie.comm.exchange.pieces import Piece, Route, jobs, rows_of_pieces
+from coterie.comm.exchange.pieces import Piece, Pieces, jobs, rows_of_pieces
 from coterie.comm.exchange.work import LocalWork, OnwardWork, Work
 from coterie.csrc.twins import acc_dtype
+
+_CROWD = 2
+"""Pieces whose hidden gradients may wait for idle time; each takes as much memory as its hidden
+activations."""
 
 
 class OverlappedExchange(ExchangeBetweenRanks):
@@ -52,19 +56,21 @@ class OverlappedExchange(ExchangeBetweenRanks):
         """Every piece is computed once it is there."""
         weights = experts.weights()
         sent_AD = sent_AD.to(weights[0].dtype)
-        route = Route.of(trip, self.rank, self.pieces)
+        cut = Pieces.of(trip, self.rank, self.pieces)
         slabs = _slabs(sent_AD.shape[1], self.slabs)
         work: Work
         if self.onward is None:
-            work = LocalWork(jobs(route, trip, self.rank), experts, slabs)
+            work = LocalWork(jobs(cut, trip, self.rank), experts, slabs)
         else:
-            rows = rows_of_pieces(route, trip, self.rank)
+            rows = rows_of_pieces(cut, trip, self.rank)
             work = OnwardWork(rows, self.onward, experts, slabs)
         if self.mail is None:
             self.mail = mail_for(sent_AD.device, self.meter, self.ahead)
-        way = _Way(self.mail, route, trip.sent_R, trip.received_R)
-        grad = torch.is_grad_enabled()
-        returned_AD: Tensor = _Overlapped.apply(sent_AD, trip.weight_A, way, work, grad, *weights)
+        way = _Way(self.mail, cut, trip.sent_R, trip.received_R)
+        home, grad = not self.again.on, torch.is_grad_enabled()
+        returned_AD: Tensor = _Overlapped.apply(
+            sent_AD, trip.weight_A, way, work, home, grad, *weights
+        )
         return returned_AD
 
 
@@ -78,19 +84,19 @@ class _Overlapped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sent_AD: Tensor, weight_A: Tensor | None, way: "_Way", work: Work, grad: bool,
-        *weights: Tensor,
+        ctx: Any, sent_AD: Tensor, weight_A: Tensor | None, way: "_Way", work: Work, home: bool,
+        grad: bool, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         passes = work.experts.passes(*weights)
         keep = grad and any(ctx.needs_input_grad)
 
         def compute(number: int, x_PD: Tensor) -> Iterator[Tensor]:
-            if keep and number < len(way.route.local):
+            if keep and number < len(way.cut.local):
                 # what this rank sent to others is not to be kept with what it sent to itself
                 x_PD = x_PD.clone()
             return work.forward(number, x_PD, weight_A, passes, keep)
 
-        returned_AD = way.there_and_back(sent_AD, work, compute, lambda: False)
+        returned_AD = way.there_and_back(sent_AD, work, compute, _InOrder(work, None), home)
         if keep:
             ctx.save_for_backward(weight_A, *weights, *work.kept())
         ctx.way, ctx.work, ctx.weights = way, work, len(weights)
@@ -112,20 +118,20 @@ class _Overlapped(torch.autograd.Function):
         def compute(number: int, dy_PD: Tensor) -> Iterator[Tensor]:
             return work.backward(number, dy_PD, weight_A, dweight_A, passes)
 
-        weight_sums = _InOrder(work, sums.add if any(needs) else None)
+        later = _InOrder(work, sums.add if any(needs) else None)
         dreturned_AD = dreturned_AD.contiguous()
-        dsent_AD = ctx.way.there_and_back(dreturned_AD, work, compute, weight_sums.one)
-        while weight_sums.one():
+        dsent_AD = ctx.way.there_and_back(dreturned_AD, work, compute, later)
+        while later.one():
             pass
         work.end()
-        return dsent_AD, dweight_A, None, None, None, *sums.to(dreturned_AD.dtype)
+        return dsent_AD, dweight_A, None, None, None, None, *sums.to(dreturned_AD.dtype)
 
 
 class _Way(NamedTuple):
     """There and back in pieces, the results in slabs of columns."""
 
     mail: Mail
-    route: Route
+    cut: Pieces
     sent_R: list[int]
     received_R: list[int]
 
@@ -134,22 +140,25 @@ class _Way(NamedTuple):
         sent_AD: Tensor,
         work: Work,
         compute: Callable[[int, Tensor], Iterator[Tensor]],
-        fill: Callable[[], bool],
+        later: "_InOrder",
+        home: bool = True,
     ) -> Tensor:
         """The results of ``sent_AD``, those of other ranks computed on the way.
 
-        ``compute``: the results of a piece, slab by slab. ``fill``: do something that nobody waits
-        for, if there is anything, and say so; called where this rank would wait otherwise.
+        ``compute``: the results of a piece, slab by slab. ``later``: what nobody waits for, done
+        where this rank would wait otherwise. ``home``: results are wanted; else nothing comes back,
+        and what is returned is to be left alone.
         """
-        mail, route, columns = self.mail, self.route, work.slabs
-        self._note(sent_AD)
+        mail, cut = self.mail, self.cut
+        columns = work.slabs if home else []
+        self._note(sent_AD, home)
         returned_AD = torch.empty_like(sent_AD)
         there = mail.receive(
             Message(sent_AD.new_empty(piece.length, sent_AD.shape[1]), piece.peer, piece.number)
-            for piece in route.inbound
+            for piece in cut.inbound
         )
-        slabs = [(piece, number) for piece in route.outbound for number in range(len(columns))]
-        home = mail.receive(
+        slabs = [(piece, number) for piece in cut.outbound for number in range(len(columns))]
+        back = mail.receive(
             Message(
                 _room(returned_AD, piece, columns[number], len(columns)),
                 piece.peer,
@@ -157,25 +166,30 @@ class _Way(NamedTuple):
             )
             for piece, number in slabs
         )
-        for piece in route.outbound:
+        for piece in cut.outbound:
             mail.send(Message(sent_AD[piece.sent], piece.peer, piece.number))
 
-        local = deque(enumerate(route.local))
-        inbound = deque(enumerate(zip(route.inbound, there, strict=True), start=len(local)))
+        local = deque(enumerate(cut.local))
+        inbound = deque(enumerate(zip(cut.inbound, there, strict=True), start=len(local)))
         while local or inbound:
-            if not local or (inbound and not work.in_order and inbound[0][1][1].ready()):
+            if later.crowded() and later.one():
+                continue
+            soon = inbound and not work.in_order and not later.crowded()
+            if not local or (soon and inbound[0][1][1].ready()):
                 number, (piece, arrival) = inbound[0]
-                if mail.tells and not arrival.ready() and fill():
+                if mail.tells and not arrival.ready() and later.one():
                     continue
                 inbound.popleft()
-                for slab, y_PS in enumerate(compute(number, mail.wait(arrival))):
+                results = compute(number, mail.wait(arrival))
+                for slab, y_PS in zip(range(len(columns)), results, strict=False):
                     mail.send(Message(y_PS, piece.peer, self._tag(piece, slab, len(columns))))
             else:
                 number, piece = local.popleft()
-                for slab, y_PS in enumerate(compute(number, sent_AD[piece.sent])):
-                    returned_AD[piece.sent, columns[slab]] = y_PS
-        for (piece, slab), arrival in zip(slabs, home, strict=True):
-            while not arrival.ready() and fill():
+                results = compute(number, sent_AD[piece.sent])
+                for those, y_PS in zip(columns, results, strict=False):
+                    returned_AD[piece.sent, those] = y_PS
+        for (piece, slab), arrival in zip(slabs, back, strict=True):
+            while not arrival.ready() and later.one():
                 pass
             y_PS = mail.wait(arrival)
             if len(columns) > 1:
@@ -185,11 +199,12 @@ class _Way(NamedTuple):
 
     def _tag(self, piece: Piece, slab: int, slabs: int) -> int:
         """Of results: all above those of what is sent there."""
-        return len(self.route.local) + piece.number * slabs + slab
+        return len(self.cut.local) + piece.number * slabs + slab
 
-    def _note(self, sent_AD: Tensor) -> None:
+    def _note(self, sent_AD: Tensor, home: bool) -> None:
         self.mail.meter.ship(self.sent_R, self.received_R, sent_AD)
-        self.mail.meter.ship(self.received_R, self.sent_R, sent_AD)
+        if home:
+            self.mail.meter.ship(self.received_R, self.sent_R, sent_AD)
 
 
 def _room(returned_AD: Tensor, piece: Piece, columns: slice, slabs: int) -> Tensor:
@@ -200,19 +215,24 @@ def _room(returned_AD: Tensor, piece: Piece, columns: slice, slabs: int) -> Tens
 
 
 class _InOrder:
-    """Parts that are added up piece after piece, in whichever order the pieces are computed."""
+    """Parts that are added up piece after piece, in whichever order the pieces are computed;
+    without ``add`` they are dropped."""
 
     def __init__(self, work: Work, add: Callable[[Any], None] | None) -> None:
         self.work, self.add = work, add
         self.at = 0
 
+    def crowded(self) -> bool:
+        """Whether parts of so many pieces are there that some should go first."""
+        return sum(self.work.done) - self.at > _CROWD
+
     def one(self) -> bool:
         """Add one part, if that of the next piece is there."""
-        if self.add is None:
-            return False
         while self.at < len(self.work.done) and self.work.done[self.at]:
             if parts := self.work.later[self.at]:
-                self.add(parts.popleft())
+                part = parts.popleft()
+                if self.add is not None:
+                    self.add(part)
                 return True
             self.at += 1
         return False

@@ -30,7 +30,7 @@ class Piece(NamedTuple):
         return int(self.sent.stop - self.sent.start)
 
 
-class Route(NamedTuple):
+class Pieces(NamedTuple):
     """The pieces that a rank computes, and those that others compute for it."""
 
     local: list[Piece]
@@ -40,7 +40,7 @@ class Route(NamedTuple):
     """To other ranks, in the order in which they are asked for."""
 
     @classmethod
-    def of(cls, trip: Trip, rank: int, pieces: int) -> "Route":
+    def of(cls, trip: Trip, rank: int, pieces: int) -> "Pieces":
         """Cut what travels on ``trip`` for ``rank``."""
         own, *others = rounds_of(rank, len(trip.sent_R))
         begin_R = [0, *accumulate(trip.sent_R)]
@@ -102,15 +102,15 @@ class Job(NamedTuple):
         return unpermute(y_AD, weight_A, self.row_A, self.inverse)
 
 
-def jobs(route: Route, trip: Trip, rank: int) -> list[Job]:
+def jobs(cut: Pieces, trip: Trip, rank: int) -> list[Job]:
     """Of the local pieces, then of the inbound ones."""
     if trip.visit_A is not None:
-        return _jobs_of_tokens(route, trip, rank)
+        return _jobs_of_tokens(cut, trip, rank)
     load_SL = trip.load_SL.tolist()
     # local pieces count among all that this rank sends
     first = sum(trip.sent_R[:rank])
-    local = [Job(_within(load_SL[rank], piece.sent, first)) for piece in route.local]
-    return local + [Job(_within(load_SL[piece.peer], piece.sent, 0)) for piece in route.inbound]
+    local = [Job(_within(load_SL[rank], piece.sent, first)) for piece in cut.local]
+    return local + [Job(_within(load_SL[piece.peer], piece.sent, 0)) for piece in cut.inbound]
 
 
 def _within(load: list[int], rows: slice, first: int) -> list[int]:
@@ -120,17 +120,15 @@ def _within(load: list[int], rows: slice, first: int) -> list[int]:
     return found
 
 
-def _jobs_of_tokens(route: Route, trip: Trip, rank: int) -> list[Job]:
-    lengths = [piece.length for piece in (*route.local, *route.inbound)]
+def _jobs_of_tokens(cut: Pieces, trip: Trip, rank: int) -> list[Job]:
+    lengths = [piece.length for piece in (*cut.local, *cut.inbound)]
     return [
         Job(rows.load_E.tolist(), rows.token_A, invert(rows.token_A, length), weighed_A)
-        for (rows, weighed_A), length in zip(
-            rows_of_pieces(route, trip, rank), lengths, strict=True
-        )
+        for (rows, weighed_A), length in zip(rows_of_pieces(cut, trip, rank), lengths, strict=True)
     ]
 
 
-def rows_of_pieces(route: Route, trip: Trip, rank: int) -> list[tuple[ReceivedRows, Tensor]]:
+def rows_of_pieces(cut: Pieces, trip: Trip, rank: int) -> list[tuple[ReceivedRows, Tensor]]:
     """What is to be computed of the tokens of the local pieces, then of the inbound ones; and where
     the weights of these rows stand in ``trip.weight_A``."""
     assert trip.visit_A is not None and trip.weight_A is not None, "rows travel, not tokens"
@@ -139,7 +137,7 @@ def rows_of_pieces(route: Route, trip: Trip, rank: int) -> list[tuple[ReceivedRo
     begin_S = [0, *load_SL.sum(1).cumsum(0).tolist()]
     own = sum(trip.sent_R[:rank])
     found = []
-    for piece, first in [(p, own) for p in route.local] + [(p, 0) for p in route.inbound]:
+    for piece, first in [(p, own) for p in cut.local] + [(p, 0) for p in cut.inbound]:
         begin, end = begin_S[piece.peer : piece.peer + 2]
         token_A = trip.visit_A[begin:end] + first - piece.sent.start
         mine_A = ((token_A >= 0) & (token_A < piece.length)).nonzero()[:, 0]

@@ -36,7 +36,8 @@ class Work(ABC):
     def forward(
         self, number: int, x_PD: Tensor, weight_A: Tensor | None, passes: Passes, keep: bool
     ) -> Iterator[Tensor]:
-        """Results of a piece, slab by slab. ``keep``: for the backward pass."""
+        """Results of a piece, slab by slab, computed when asked for. ``keep``: what the backward
+        pass needs, from the start."""
 
     @abstractmethod
     def backward(
@@ -47,7 +48,8 @@ class Work(ABC):
         dweight_A: Tensor | None,
         passes: Passes,
     ) -> Iterator[Tensor]:
-        """Its gradients, slab by slab; writes those of its rows' weights."""
+        """Its gradients, slab by slab, computed when asked for; writes those of its rows' weights
+        at once."""
 
     def end(self) -> None:
         """The backward pass is over; another may follow (zero-bubble schedules run two)."""
@@ -82,8 +84,10 @@ class LocalWork(Work):
             self._x[number] = x_PD
             if self.experts.keeps:
                 self._products[number] = [part.h_AH for part in parts]
-        for columns in self.slabs:
-            yield job.sums(_joined(passes.result, parts, columns, x_PD), job.weights(weight_A))
+        own_A = job.weights(weight_A)
+        return (
+            job.sums(_joined(passes.result, parts, columns, x_PD), own_A) for columns in self.slabs
+        )
 
     def kept(self) -> list[Tensor]:
         found = [x for x in self._x if x is not None]
@@ -122,10 +126,12 @@ class LocalWork(Work):
         if dweight_A is not None and job.weighed_A is not None:
             own = [part.dweight_A for part in parts if part.dweight_A is not None]
             dweight_A[job.weighed_A] = torch.cat(own)
-        for columns in self.slabs:
-            yield job.sums(_joined(passes.row_gradient, parts, columns, dy_PD), None)
         self.later[number].extend(parts)
         self.done[number] = True
+        return (
+            job.sums(_joined(passes.row_gradient, parts, columns, dy_PD), None)
+            for columns in self.slabs
+        )
 
 
 def _joined(
@@ -173,8 +179,8 @@ class OnwardWork(Work):
             self._graphs[number] = (
                 get_gradient_edge(y_PD), [get_gradient_edge(leaf) for leaf in leaves]
             )  # fmt: skip
-        for columns in self.slabs:
-            yield y_PD.detach()[:, columns].contiguous()
+        y_PD = y_PD.detach()
+        return (y_PD[:, columns].contiguous() for columns in self.slabs)
 
     def end(self) -> None:
         super().end()
@@ -208,8 +214,7 @@ class OnwardWork(Work):
         dx_PD, own_A = torch.autograd.grad([result], leaves, [dy_PD], retain_graph=True)
         dweight_A[self.rows[number][1]] = own_A
         self.done[number] = True
-        for columns in self.slabs:
-            yield dx_PD[:, columns].contiguous()
+        return (dx_PD[:, columns].contiguous() for columns in self.slabs)
 
 
 class _WeightsLater:

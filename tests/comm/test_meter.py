@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from coterie.comm.axis import expert_parallel
-from coterie.comm.exchange.meter import Shipment, Taken, seconds_alone
+from coterie.comm.exchange.alone import seconds_alone
+from coterie.comm.exchange.meter import Shipment, Taken
 from coterie.comm.exchange.overlapped import OverlappedExchange
 from coterie.moe.activations import ACTIVATIONS
 from tests.comm.test_all_to_all import CASES, D, _inputs, _layer, _step

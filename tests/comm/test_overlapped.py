@@ -1,14 +1,18 @@
 """The exchanges between ranks give what the plain one gives, in float64, whatever is late."""
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.axis import expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
@@ -110,7 +114,7 @@ def test_gradients_in_two_passes() -> None:
         assert max(errors.values()) == 0, errors
 
 
-def _in_some_order(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+def _in_some_order(rank: int, world: int) -> list[dict[str, Tensor]]:
     """The same step three times, with pieces that are late now and then."""
     results = []
     arguments = _inputs(CASES["every expert of every token"], world)[rank]
@@ -124,8 +128,8 @@ def _in_some_order(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
             seen.append(draw.random() < 0.5)
             return seen[-1]
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Arrival, "ready", late)
+        with pytest.MonkeyPatch.context() as monkey:
+            monkey.setattr(Arrival, "ready", late)
             layer.zero_grad()
             results.append(_step(layer, *arguments))
         assert len(set(seen)) == 2
@@ -136,6 +140,73 @@ def test_what_is_late_changes_no_bit() -> None:
     for first, *others in run_ranks(4, _in_some_order, 4):
         for other in others:
             assert all(torch.equal(other[what], first[what]) for what in first)
+
+
+def _sent_in_rounds(rank: int, world: int) -> list[tuple[int, float]]:
+    """By kind of exchange, alone and under a checkpoint: elements that go to other ranks in a step,
+    and the largest error."""
+    case, axes = CASES["all to one expert"], expert_parallel(_everyone())
+    x_TD, _, dy_TD = _inputs(case, world)[rank]
+    isend, sent = dist.isend, 0
+
+    def counted(rows_AD: Tensor, **to: Any) -> Any:
+        nonlocal sent
+        sent += rows_AD.numel()
+        return isend(rows_AD, **to)
+
+    def step(exchange: Exchange, whole: bool) -> list[Tensor]:
+        layer = _layer(case, axes)
+        layer.exchange = exchange
+        leaf_TD = x_TD.clone().requires_grad_()
+        once = partial(checkpoint, layer, use_reentrant=False) if whole else layer
+        once(leaf_TD).y.backward(dy_TD)
+        gradients = (leaf_TD.grad, layer.experts.w_in_EPFD.grad, layer.router.weight.grad)
+        return [gradient for gradient in gradients if gradient is not None]
+
+    right = step(AllToAllExchange(_everyone()), False)
+    found = []
+    for kind in (AllToAllExchange, OverlappedExchange):
+        for whole in (False, True):
+            sent = 0
+            with patch.object(dist, "isend", counted):
+                ours = step(kind(_everyone(), 1.0), whole)
+            found.append((sent, max(map(error, ours, right))))
+    return found
+
+
+def test_rounds_send_no_results_twice() -> None:
+    """Where they run again, as much travels as with all-to-alls, the last of which is left out."""
+    for alone, whole, *overlapped in run_ranks(4, _sent_in_rounds, 4):
+        assert [sent for sent, _ in overlapped] == [alone[0], whole[0]]
+        assert max(error for _, error in (alone, whole, *overlapped)) < LIMIT
+
+
+def _most_kept(rank: int, world: int) -> int:
+    """Of how many pieces parts of the weights' gradients are there at most, if nothing is late."""
+    layer = _layer(CASES["every expert of every token"], expert_parallel(_everyone()))
+    layer.exchange = OverlappedExchange(_everyone(), pieces=4)
+    backward, most = LocalWork.backward, 0
+
+    def noted(work: LocalWork, *given: Any) -> Any:
+        nonlocal most
+        slabs = backward(work, *given)
+        most = max(most, sum(map(bool, work.later)))
+        return slabs
+
+    def there(arrival: Arrival) -> bool:
+        arrival.wait()
+        return True
+
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(LocalWork, "backward", noted)
+        monkey.setattr(Arrival, "ready", there)
+        _step(layer, *_inputs(CASES["every expert of every token"], world)[rank])
+    return most
+
+
+def test_few_pieces_keep_their_hidden_gradients() -> None:
+    """Three that have come, which wait for the four of one's own, and one of these."""
+    assert run_ranks(4, _most_kept, 4) == [4] * 4
 
 
 def _kept_without_gradients(rank: int, world: int) -> list[bool]:
@@ -149,8 +220,8 @@ def _kept_without_gradients(rank: int, world: int) -> list[bool]:
         kept.append(given[-1])
         return forward(work, *given)
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(LocalWork, "forward", noted)
+    with pytest.MonkeyPatch.context() as monkey, torch.no_grad():
+        monkey.setattr(LocalWork, "forward", noted)
         layer(*arguments[:2])
     return kept
 

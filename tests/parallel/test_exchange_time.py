@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed import ProcessGroup
 
-from coterie.comm.exchange.meter import Meter, Shipment, seconds_alone
+from coterie.comm.exchange.alone import seconds_alone
+from coterie.comm.exchange.meter import Meter, Shipment
 from coterie.comm.objects import gather_objects
 from coterie.launch.config import RunConfig
 from coterie.moe import MoELayer

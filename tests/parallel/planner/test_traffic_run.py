@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from coterie.comm import parts, sequence
+from coterie.comm.exchange import rows
 from coterie.launch.assemble import build_model
 from coterie.launch.config import RunConfig
 from coterie.parallel.distributed import make_groups
@@ -29,7 +30,7 @@ WHOLE: dict[tuple[Any, str], tuple[str, int]] = {
     (parts, "all_gather"): ("all-gather", 0),
     (sequence, "_reduce_scatter"): ("reduce-scatter", 1),
     (dist, "all_reduce"): ("all-reduce", 0),
-    (dist, "all_to_all_single"): ("all-to-all", 0),
+    (rows, "start_all_to_all"): ("all-to-all", 0),
 }
 """The function, by module and name; which of its arguments is the whole tensor."""
 
@@ -40,8 +41,8 @@ def sent_in_a_step(rank: int, world: int, config: RunConfig) -> dict[str, int]:
     ranks = make_groups(layout, torch.device("cpu"), timedelta(seconds=60))
     model = build_model(config, ranks)
     optimizer = Optimizer(model, config.optimizer)
-    rows = config.train.global_batch // config.train.accumulation // layout.dp
-    batches = [batch_of(config, rows, n) for n in range(config.train.accumulation)]
+    sequences = config.train.global_batch // config.train.accumulation // layout.dp
+    batches = [batch_of(config, sequences, n) for n in range(config.train.accumulation)]
     bytes_of: Counter[str] = Counter()
 
     def counted(module: Any, name: str) -> Any:
