@@ -3,7 +3,8 @@
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
-from coterie.parallel.planner.activations import modalities, rotations
+from coterie.parallel.planner.activations import modalities
+from coterie.parallel.planner.attention_activations import rotations
 from coterie.parallel.planner.muon import matrices, muon_bytes, orthogonalising
 from coterie.parallel.planner.parameters import UnitSize, unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces, Stage

@@ -6,6 +6,8 @@ from math import prod
 
 from coterie.parallel.planner import activations
 from coterie.parallel.planner.activations import Held
+from coterie.parallel.planner.attention_activations import attention_half
+from coterie.parallel.planner.feed_forward_activations import dense_half, moe_half
 from coterie.parallel.planner.parameters import Parameter, representatives
 from coterie.parallel.planner.workload import Workload
 
@@ -129,14 +131,14 @@ def _head(work: Workload, _experts: int = 0, _some: bool = False) -> Piece:
 
 
 def _attention(work: Workload, _experts: int = 0, some: bool = False) -> Piece:
-    held = activations.attention_half(work.inside(_layer(work, some)))
+    held = attention_half(work.inside(_layer(work, some)))
     return _with_gradients(work, held, lambda p: _part(p, 0) == "attention")
 
 
 def _feed(work: Workload, experts: int, some: bool) -> Piece:
     layer = _layer(work, some, experts)
     inside = work.inside(layer)
-    held = activations.moe_half(inside, experts) if experts else activations.dense_half(inside)
+    held = moe_half(inside, experts) if experts else dense_half(inside)
     foreseen = _NOTHING
     if work.model.moe is not None and work.model.moe.router.foresees and experts:
         foreseen = activations.foreseeing(inside, experts, among=experts)

@@ -7,7 +7,8 @@ import pytest
 from coterie.models import DecoderConfig
 from coterie.moe.activations import ACTIVATIONS
 from coterie.parallel.layout import Layout
-from coterie.parallel.planner import activations
+from coterie.parallel.planner.attention_activations import attention_half, rotations
+from coterie.parallel.planner.feed_forward_activations import PADDED, dense_half, moe_half
 from coterie.parallel.planner.workload import Compute, Workload
 from tests.distributed import run_ranks
 from tests.parallel.planner.saved import (
@@ -89,13 +90,9 @@ def work_of(config: DecoderConfig, compute: str, **layout: Any) -> Workload:
 
 
 def predicted(work: Workload) -> dict[str, int]:
-    halves = (
-        activations.attention_half(work),
-        activations.dense_half(work),
-        activations.moe_half(work, 8),
-    )
+    halves = (attention_half(work), dense_half(work), moe_half(work, 8))
     kept = {part: half.kept for part, half in zip(PARTS, halves, strict=True)}
-    kept["attention"] += activations.rotations(work)  # one for all layers
+    kept["attention"] += rotations(work)  # one for all layers
     return kept
 
 
@@ -106,7 +103,7 @@ def padding(work: Workload, modalities: int = 0) -> int:
     config = work.model.feed_forward if modalities else work.model.moe.experts
     row = ACTIVATIONS[config.activation].parts * config.hidden
     number = modalities or work.model.moe.experts.count
-    return number * activations.PADDED // 2 * row * work.half
+    return number * PADDED // 2 * row * work.half
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp64"])
