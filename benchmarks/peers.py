@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -64,29 +65,36 @@ def megatron_layer(shape: Shape) -> nn.Module:
     """megatron-core's MoELayer over SequentialMLP, with its all-to-all dispatcher on one rank."""
     with _CudaMeansCpu():
         _prepare_megatron()
-        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-        from megatron.core.transformer.moe.moe_layer import MoELayer
-        from megatron.core.transformer.transformer_config import TransformerConfig
+        return _Megatron(megatron_module(shape, ranks=1))
 
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=shape.D,
-            num_attention_heads=8,
-            ffn_hidden_size=shape.F,
-            moe_ffn_hidden_size=shape.F,
-            num_moe_experts=shape.E,
-            moe_router_topk=shape.K,
-            moe_router_load_balancing_type="none",
-            moe_token_dispatcher_type="alltoall",
-            add_bias_linear=False,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            use_cpu_initialization=True,
-            perform_initialization=True,
-        )
-        spec = get_moe_module_spec(use_te=False, num_experts=shape.E, moe_grouped_gemm=False)
-        layer = MoELayer(config, spec.submodules, layer_number=1)
-    return _Megatron(layer)
+
+def megatron_module(shape: Shape, ranks: int) -> Any:
+    """megatron-core's own module, its experts spread over ``ranks`` processes.
+
+    Its parallel state is there already, and the names of CUDA mean the CPU.
+    """
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=shape.D,
+        num_attention_heads=1,
+        ffn_hidden_size=shape.F,
+        moe_ffn_hidden_size=shape.F,
+        num_moe_experts=shape.E,
+        moe_router_topk=shape.K,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=ranks,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        use_cpu_initialization=True,
+    )
+    spec = get_moe_module_spec(use_te=False, num_experts=shape.E, moe_grouped_gemm=False)
+    return MoELayer(config, spec.submodules, layer_number=1)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

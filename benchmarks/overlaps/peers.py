@@ -5,20 +5,20 @@ All have the same experts (SwiGLU without biases), the same softmax top-k with w
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import Shape
+from benchmarks.peers import Shape, megatron_module
 from benchmarks.steps.megatron_cpu import import_megatron, on_cpu
 from coterie.moe.layer import MoELayer
 
 
-class Peer:
+class Peer(ABC):
     """Another project's layer. ``experts``: (w_in, w_out) of each local one, (2F, D): gate, then
     up, and (D, F)."""
 
@@ -53,8 +53,9 @@ class Peer:
         with self.around():
             y_TD.backward(dy_TD)
 
+    @abstractmethod
     def _output(self, x_TD: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The layer's result, (T, D)."""
 
     def gradients(self) -> list[Tensor]:
         """Of the router's and the experts' weights, in the shape that ours have."""
@@ -83,8 +84,13 @@ class MegatronLayer(Peer):
 
     def __init__(self, shape: Shape, ranks: int) -> None:
         import_megatron()
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
         with on_cpu():
-            module = _megatron_module(shape, ranks)
+            parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+            model_parallel_cuda_manual_seed(0)
+            module = megatron_module(shape, ranks)
         experts = [(e.linear_fc1.weight, e.linear_fc2.weight) for e in module.experts.local_experts]
         super().__init__(module, module.router.weight, experts)
 
@@ -95,35 +101,6 @@ class MegatronLayer(Peer):
         y_T1D, bias = self.module(x_TD[:, None])  # (sequence, batch, width)
         assert bias is None
         return y_T1D.squeeze(1)
-
-
-def _megatron_module(shape: Shape, ranks: int) -> Any:
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.moe.moe_layer import MoELayer as TheirLayer
-
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
-    model_parallel_cuda_manual_seed(0)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=shape.D,
-        num_attention_heads=1,
-        ffn_hidden_size=shape.F,
-        moe_ffn_hidden_size=shape.F,
-        num_moe_experts=shape.E,
-        moe_router_topk=shape.K,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        expert_model_parallel_size=ranks,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        use_cpu_initialization=True,
-    )
-    spec = get_moe_module_spec(use_te=False, num_experts=shape.E, moe_grouped_gemm=False)
-    return TheirLayer(config, spec.submodules, layer_number=1)
 
 
 class DeepSpeedLayer(Peer):
