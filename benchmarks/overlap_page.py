@@ -59,12 +59,14 @@ thread each, scheduled as batch. Two hosts have a core each; four share two core
 compute the same from the same weights, in turn in the same processes, with fresh inputs each round;
 a pass takes as long as its slowest rank; medians over rounds, ratios taken within a round.
 
-- *plain*: one all-to-all there, one back (`exchange.kind: all_to_all`). Speed-ups are over it.
+- *plain*: one all-to-all there, one back (`exchange.kind: all_to_all`), in which rows go both ways
+  at once (`benchmarks/both_ways.py`; gloo's own, which the last two use, often sends them one way
+  after the other). Speed-ups are over it.
 - *two chunks*: the pipeline of Tutel and FasterMoE: half the tokens travel, the other half is
   computed.
 - *overlapped PxS*: `exchange.kind: overlapped` with P `pieces` between two ranks and S `slabs`.
   *overlapped, tuned*: what a run that leaves both open measures and takes, `all_to_all` where
-  nothing is faster by 3%.
+  nothing is faster by 5%.
 - *megatron-core*: its `MoELayer`, `SequentialMLP`, all-to-all dispatcher. *DeepSpeed*: its `MoE`
   with the same SwiGLU experts and no token dropped: all its experts carry as many rows as the
   busiest.

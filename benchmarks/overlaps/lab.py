@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hosts import hosts, shape
+from benchmarks.hosts import Host, hosts, shape
 from benchmarks.overlaps.cases import CORES, Case, Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,34 +47,43 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     """
     with hosts(case.hosts) as made, tempfile.TemporaryDirectory() as name:
         shape(made, case.megabits)
-        folder = Path(name)
         asked = {"case": asdict(case), "options": asdict(options)}
-        (folder / "case.json").write_text(json.dumps(asked))
-        environment = {
-            "WORLD_SIZE": str(case.hosts),
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": made[0].address,
-            "MASTER_PORT": str(PORT),
-            "GLOO_SOCKET_IFNAME": "eth0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, "-m", "benchmarks.overlaps.rank", name]
-        ranks: list[subprocess.Popen[str]] = []
-        try:
-            for host in made:
-                with (folder / f"output_{host.number}").open("w") as output:
-                    own = environment | {"RANK": str(host.number)}
-                    ranks.append(host.start(command, host.number % CORES, own, output))
-            hung = wait(ranks, options.time_limit)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        if any(rank.returncode for rank in ranks):
-            raise CaseFailed(story(ranks, hung, folder))
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        return found
+        (Path(name) / "case.json").write_text(json.dumps(asked))
+        return run("benchmarks.overlaps.rank", made, Path(name), options.time_limit)
+
+
+def run(module: str, made: Sequence[Host], folder: Path, time_limit: float) -> dict[str, Any]:
+    """``python -m module FOLDER`` on every host, a rank each; what the first one has written to
+    FOLDER/result.json.
+
+    Raises:
+        CaseFailed: with every rank's output and, if it hung, stacks.
+    """
+    environment = {
+        "WORLD_SIZE": str(len(made)),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": made[0].address,
+        "MASTER_PORT": str(PORT),
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", module, str(folder)]
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for host in made:
+            with (folder / f"output_{host.number}").open("w") as output:
+                own = environment | {"RANK": str(host.number)}
+                ranks.append(host.start(command, host.number % CORES, own, output))
+        hung = wait(ranks, time_limit)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    if any(rank.returncode for rank in ranks):
+        raise CaseFailed(story(ranks, hung, folder))
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
 
 
 def wait(ranks: list[subprocess.Popen[str]], time_limit: float) -> list[int]:
