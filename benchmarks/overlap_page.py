@@ -126,14 +126,27 @@ def _speed_ups(records: list[Record]) -> str:
                 *(str(size[letter]) for letter in "DFT"),
                 shares,
                 *_cells(record, names, lambda f: f"{f['speed_up']:.2f}"),
+                _chosen(record["chosen"]),
             ]
         )
-    headings = ["layer, hosts, Mbit/s", "D", "F", "T", "compute's share", *names]
+    headings = ["layer, hosts, Mbit/s", "D", "F", "T", "compute's share", *names, "tuned is"]
     return (
         "## Speed-up over the plain exchange\n\n"
         "Forward / forward + backward. *Compute's share*: of compute and communication, each alone."
         f"\n\n{_table(headings, rows)}"
     )
+
+
+def _chosen(exchange: Record) -> str:
+    overlapped = exchange["kind"] == "overlapped"
+    return f"{exchange['pieces']}x{exchange['slabs']}" if overlapped else "plain"
+
+
+def _most_hidden(record: Record, which: str) -> float:
+    """The part of communication that can be hidden at most: in which the core is idle when nothing
+    else runs, and as long as there is compute to hide behind."""
+    compute, alone = (record["contenders"][part][which] for part in (COMPUTE, COMMUNICATION))
+    return float(min(alone["idle"], compute["ms"] / alone["ms"]))
 
 
 def _share(record: Record, which: str) -> float:
@@ -147,12 +160,21 @@ def _share(record: Record, which: str) -> float:
 
 def _hidden(records: list[Record]) -> str:
     names = [PLAIN, *_contenders(records)]
-    rows = [[_case(r), *_cells(r, names, lambda f: f"{f['hidden']:.0%}")] for r in records]
+    rows = [
+        [
+            _case(r),
+            " / ".join(f"{_most_hidden(r, which):.0%}" for which in PASSES),
+            *_cells(r, names, lambda f: f"{f['hidden']:.0%}"),
+        ]
+        for r in records
+    ]
     return (
         "## Hidden communication\n\n"
         "1 − (time − compute alone) / communication alone; below 0 where a layer takes longer\n"
-        "than the two one after the other: copies count too, and gloo's threads on the same core.\n"
-        f"\n{_table(['layer, hosts, Mbit/s', *names], rows)}"
+        "than the two one after the other: copies count too, and gloo's threads on the core.\n"
+        "*At most*: what the network needs of the core (kernel, gloo's threads) when nothing else\n"
+        "runs cannot be hidden behind work there, nor can more time than compute takes.\n"
+        f"\n{_table(['layer, hosts, Mbit/s', 'at most', *names], rows)}"
     )
 
 
@@ -193,6 +215,11 @@ def _goals(records: list[Record]) -> str:
             equal = [f for record, which, f in found if low <= _share(record, which) <= high]
             fast = sum(f["speed_up"] >= 1.5 for f in equal)
             well = sum(f["hidden"] >= 0.8 for f in equal)
+            nearly = sum(
+                f["hidden"] >= 0.8 * _most_hidden(record, which)
+                for record, which, f in found
+                if low <= _share(record, which) <= high
+            )
             slower = sum(f["speed_up"] < 1 for _, _, f in found)
             rows.append(
                 [
@@ -200,14 +227,16 @@ def _goals(records: list[Record]) -> str:
                     str(hosts),
                     f"{fast} of {len(equal)}",
                     f"{well} of {len(equal)}",
+                    f"{nearly} of {len(equal)}",
                     f"{slower} of {len(found)}",
                 ]
             )
-    headings = ["", "hosts", "at least 1.5×", "at least 80% hidden", "slower than plain"]
+    headings = ["", "hosts", "at least 1.5×", "at least 80% hidden", "80% of the most", "slower"]
     return (
         "## Goals\n\n"
-        f"The first two where compute is {low:.0%} to {high:.0%} of the two; forward and both\n"
-        f"passes count as two.\n\n{_table(headings, rows)}"
+        f"All but *slower* (than the plain exchange) where compute is {low:.0%} to {high:.0%} of\n"
+        "the two; forward and both passes count as two. *80% of the most*: of what can be hidden\n"
+        f"at most, see above.\n\n{_table(headings, rows)}"
     )
 
 

@@ -32,9 +32,9 @@ PIECES, SLABS, MOST = (1, 2, 4, 8), (1, 2, 4), 8
 """What is tried where the config leaves it open; up to ``MOST`` messages for each pair of ranks."""
 
 _GAIN = 0.95  # of the plain exchange's time: less is no noise
-_NEAR = 1.15  # times the fastest: measured again
-_ROUNDS = (2, 3)  # of all, then of those that are near
-_DUEL = 7  # rounds of the fastest of these and the plain exchange, which alone count
+_HEATS = ((2, 1.3), (3, 1.1), (4, 1.0))
+"""Rounds of those that are left, and how many times the fastest one's time stays in after them."""
+_DUEL = 7  # rounds of the winner and the plain exchange, which alone count
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def measure(layer: Layer, ranks: Ranks) -> list[float]:
     near: Sequence[int] = range(1, len(candidates(layer.moe.exchange)))
     run(near, 1)  # the first time memory is new
     found: dict[int, list[float]] = {n: [] for n in near}
-    for rounds in _ROUNDS:
+    for rounds, close in _HEATS:
         for candidate, times in run(near, rounds).items():
             found[candidate] += times
-        fastest = min(near, key=lambda n: median(found[n]))
-        near = [n for n in near if median(found[n]) < _NEAR * median(found[fastest])]
-    last = {n: median(times) for n, times in run((0, fastest), _DUEL).items()}
+        fastest = min(median(found[n]) for n in near)
+        near = [n for n in near if median(found[n]) <= close * fastest]
+    last = {n: median(times) for n, times in run((0, near[0]), _DUEL).items()}
     return [last.get(n, math.inf) for n in range(len(found) + 1)]
 
 

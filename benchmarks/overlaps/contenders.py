@@ -141,12 +141,13 @@ def tuned(shape: Shape, group: ProcessGroup, layer: MoELayer) -> ExchangeConfig:
 
 def contenders(
     shape: Shape, group: ProcessGroup, settings: Sequence[Sequence[int]], peers: bool
-) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can be built here, and why the others cannot.
+) -> tuple[dict[str, Contender], ExchangeConfig, dict[str, str]]:
+    """Those that can be built here, what the tuned one has chosen, and why the others cannot.
 
     ``settings``: (pieces, slabs) of each OverlappedExchange. ``peers``: other projects' too.
     """
     layer = our_layer(shape, group)
+    chosen = tuned(shape, group, layer)
     exchanges: dict[str, Exchange] = {
         PLAIN: AllToAllExchange(group),
         TWO_CHUNKS: TwoChunkExchange(group),
@@ -154,7 +155,7 @@ def contenders(
             f"{OVERLAPPED} {pieces}x{slabs}": OverlappedExchange(group, pieces=pieces, slabs=slabs)
             for pieces, slabs in settings
         },
-        TUNED: tuned(shape, group, layer).over(layer.axes),
+        TUNED: chosen.over(layer.axes),
     }
     made = alone(layer, shape, group)
     made |= {name: Ours(layer, exchange) for name, exchange in exchanges.items()}
@@ -171,4 +172,4 @@ def contenders(
         else:
             peer.load(layer)
             made[name] = peer
-    return made, left_out
+    return made, chosen, left_out

@@ -62,7 +62,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
     shape = fit(case, options.seconds)
-    made, left_out = contenders(shape, group, options.settings, options.peers)
+    made, chosen, left_out = contenders(shape, group, options.settings, options.peers)
     differs = check(made, *inputs(shape, 0))
     turns: dict[str, list[Turn]] = {name: [] for name in made}
     for number in range(1 - WARM_UP, options.rounds):
@@ -77,6 +77,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
         "shape": {letter: getattr(shape, letter) for letter in "DFEKT"},
         "contenders": summarise(every),
         "differs": differs,
+        "chosen": chosen.model_dump(include={"kind", "pieces", "slabs"}),
         "left_out": left_out,
         "seconds": time.perf_counter() - began,
     }

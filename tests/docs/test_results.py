@@ -42,6 +42,7 @@ def test_overlaps_page_is_made_from_its_figures(tmp_path: Path) -> None:
 def test_goals_of_overlap_are_counted() -> None:
     def passes(ms: float, forward: tuple[float, float], both: tuple[float, float]) -> Any:
         shares = dict.fromkeys(("main", "network", "idle", "other", "queued", "waited"), 0.25)
+        shares["idle"] = 0.8
         return {
             which: {"ms": ms, "speed_up": speed_up, "hidden": hidden, **shares}
             for which, (speed_up, hidden) in (("forward", forward), ("both", both))
@@ -62,6 +63,7 @@ def test_goals_of_overlap_are_counted() -> None:
                 "overlapped 2x2": ours,
             },
             "differs": {"overlapped 2x2": 1e-7},
+            "chosen": {"kind": "overlapped", "pieces": 2, "slabs": 4},
             "left_out": {"DeepSpeed": "No module named 'deepspeed'"},
             "rounds": 7,
             "seconds": 60.0,
@@ -73,7 +75,9 @@ def test_goals_of_overlap_are_counted() -> None:
     ]
     machine = {"cpu": "a processor", "torch": "2.13"}
     page = overlap_page.page({"machine": machine, "results": dict(enumerate(cases))})
-    assert "| overlapped 2x2 | 2 | 1 of 2 | 1 of 2 | 1 of 4 |" in page
+    assert "| overlapped 2x2 | 2 | 1 of 2 | 1 of 2 | 2 of 2 | 1 of 4 |" in page
+    assert "| 2.50 / 0.90 | 2x4 |" in page
+    assert "| Mixtral, 2 hosts, 200 | 80% / 80% | -50% / -50% | 70% / 85% |" in page
     mean = (1.6 * 2.5) ** 0.5
     assert f"| overlapped 2x2, forward | 2 hosts, CPU | {mean:.2f} (1.60–2.50) | 80% |" in page
     assert "| Mixtral, 2 hosts, 200 | 100 / 100 | 100 / 100 | 200 / 200 | 250 / 250 |" in page
