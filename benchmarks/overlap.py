@@ -63,9 +63,10 @@ class Results:
         self.found["results"] = dict(
             sorted(self.found["results"].items(), key=lambda item: order.get(item[0], len(order)))
         )
+        self.found = _rounded(self.found)  # as it will be read
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps(_rounded(self.found), indent=1) + "\n")
+        fresh.write_text(json.dumps(self.found, indent=1) + "\n")
         fresh.replace(self.path)
 
 
