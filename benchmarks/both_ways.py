@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from benchmarks.hosts import hosts, shape
 from benchmarks.overlaps.lab import CaseFailed, missing, run
+from benchmarks.rows import machine
 from coterie.comm.exchange.rows import start_all_to_all
 from coterie.comm.gloo import schedule_as_batch
 
@@ -73,7 +74,7 @@ def measure(rows: int, group: dist.ProcessGroup, late_ms: float) -> dict[str, fl
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             if turn >= 0:
                 seconds[name].append(slowest.item())
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    return {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()}
 
 
 def main() -> int:
@@ -99,12 +100,13 @@ def main() -> int:
                     print(failure, file=sys.stderr)
                     return 1
             for rows, ms in found.items():
-                link_ms = int(rows) * (count - 1) * WIDTH * 32 / (1e3 * chosen.megabits)
+                link_ms = round(int(rows) * (count - 1) * WIDTH * 32 / (1e3 * chosen.megabits), 3)
                 what = {"hosts": count, "late_ms": late_ms, "rows": int(rows), "link": link_ms} | ms
                 print("  ".join(f"{name} {value:6.5g}" for name, value in what.items()))
                 results.append(what)
     if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+        found = {"machine": machine(), "megabits": chosen.megabits, "results": results}
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

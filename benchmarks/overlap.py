@@ -40,16 +40,15 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # before the first result makes the tree another than the commit's
+        self.machine = machine() | {"threads": 1, "command": " ".join(["python", *sys.argv])}
         self.found: dict[str, Any] = {"machine": {}, "results": {}}
         if path.exists():
             self.found |= json.loads(path.read_text())
 
     def add(self, case: Case, options: Options, result: dict[str, Any]) -> None:
         """One more case; it replaces an earlier one of the same name."""
-        self.found["machine"] = machine() | {
-            "threads": 1,
-            "command": " ".join(["python", *sys.argv]),
-        }
+        self.found["machine"] = self.machine
         commit = self.found["machine"]["commit"]
         self.found["results"][case.name] = (
             asdict(case)

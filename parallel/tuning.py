@@ -1,9 +1,10 @@
 """How an overlapped exchange is cut, by measurement: a short sweep over one layer's experts.
 
 Every rank runs forward and backward passes of an expert layer of the run's size, with random
-tokens, by one all-to-all there and one back and in pieces and slabs, in turns; what counts is the
-slowest rank's time. The winner, which may have been lucky, meets the plain exchange once more, and
-stays only if it is faster there too by more than noise: a layer is not to be slower for it.
+tokens, in pieces and slabs of several numbers, in turns; what counts is the slowest rank's time.
+The winner, which may have been lucky, then meets the plain exchange, one all-to-all there and one
+back, and stays only if it is faster by more than noise: both passes together are not to be slower
+for it.
 """
 
 import math
@@ -84,6 +85,7 @@ def measure(layer: Layer, ranks: Ranks) -> list[float]:
             found[candidate] += times
         fastest = min(median(found[n]) for n in near)
         near = [n for n in near if median(found[n]) <= close * fastest]
+    run((0,), 1)
     last = {n: median(times) for n, times in run((0, near[0]), _DUEL).items()}
     return [last.get(n, math.inf) for n in range(len(found) + 1)]
 

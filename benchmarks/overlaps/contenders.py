@@ -129,7 +129,7 @@ def alone(layer: MoELayer, shape: Shape, group: ProcessGroup) -> dict[str, Conte
     }
 
 
-def tuned(shape: Shape, group: ProcessGroup, layer: MoELayer) -> ExchangeConfig:
+def tuned(shape: Shape, group: ProcessGroup) -> ExchangeConfig:
     """What a run of this layer would choose for itself."""
     size = group.size()
     layout = Layout(ep=size, dp_replicate=size)
@@ -147,7 +147,7 @@ def contenders(
     ``settings``: (pieces, slabs) of each OverlappedExchange. ``peers``: other projects' too.
     """
     layer = our_layer(shape, group)
-    chosen = tuned(shape, group, layer)
+    chosen = tuned(shape, group)
     exchanges: dict[str, Exchange] = {
         PLAIN: AllToAllExchange(group),
         TWO_CHUNKS: TwoChunkExchange(group),

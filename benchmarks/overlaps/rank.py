@@ -9,6 +9,7 @@ import datetime
 import faulthandler
 import json
 import os
+import random
 import signal
 import statistics
 import sys
@@ -65,10 +66,12 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     made, chosen, left_out = contenders(shape, group, options.settings, options.peers)
     differs = check(made, *inputs(shape, 0))
     turns: dict[str, list[Turn]] = {name: [] for name in made}
+    order, draw = list(made), random.Random(0)  # the same on all ranks
     for number in range(1 - WARM_UP, options.rounds):
         x_TD, dy_TD = inputs(shape, WARM_UP + number)
-        for name, contender in made.items():
-            turn = once(contender, x_TD, dy_TD)
+        draw.shuffle(order)  # nobody comes after the same one each time
+        for name in order:
+            turn = once(made[name], x_TD, dy_TD)
             if number >= 0:
                 turns[name].append(turn)
     every: list[Any] = [None] * dist.get_world_size()

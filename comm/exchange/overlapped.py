@@ -94,7 +94,8 @@ class _Overlapped(torch.autograd.Function):
             if keep and number < len(way.cut.local):
                 # what this rank sent to others is not to be kept with what it sent to itself
                 x_PD = x_PD.clone()
-            return work.forward(number, x_PD, weight_A, passes, keep)
+            results = work.forward(number, x_PD, weight_A, passes, keep)
+            return results if home else iter(())
 
         returned_AD = way.there_and_back(sent_AD, work, compute, _InOrder(work, None), home)
         if keep:
@@ -146,8 +147,8 @@ class _Way(NamedTuple):
         """The results of ``sent_AD``, those of other ranks computed on the way.
 
         ``compute``: the results of a piece, slab by slab. ``later``: what nobody waits for, done
-        where this rank would wait otherwise. ``home``: results are wanted; else nothing comes back,
-        and what is returned is to be left alone.
+        where this rank would wait otherwise. ``home``: results are wanted; else ``compute`` gives
+        none, nothing comes back, and what is returned is to be left alone.
         """
         mail, cut = self.mail, self.cut
         columns = work.slabs if home else []
@@ -180,14 +181,12 @@ class _Way(NamedTuple):
                 if mail.tells and not arrival.ready() and later.one():
                     continue
                 inbound.popleft()
-                results = compute(number, mail.wait(arrival))
-                for slab, y_PS in zip(range(len(columns)), results, strict=False):
+                for slab, y_PS in enumerate(compute(number, mail.wait(arrival))):
                     mail.send(Message(y_PS, piece.peer, self._tag(piece, slab, len(columns))))
             else:
                 number, piece = local.popleft()
-                results = compute(number, sent_AD[piece.sent])
-                for those, y_PS in zip(columns, results, strict=False):
-                    returned_AD[piece.sent, those] = y_PS
+                for slab, y_PS in enumerate(compute(number, sent_AD[piece.sent])):
+                    returned_AD[piece.sent, columns[slab]] = y_PS
         for (piece, slab), arrival in zip(slabs, back, strict=True):
             while not arrival.ready() and later.one():
                 pass

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from coterie.comm.exchange.all_to_all import ReceivedRows
-from coterie.comm.exchange.base import Exchange, Passes, SplitExperts
+from coterie.comm.exchange.base import Exchange, Hidden, Passes, SplitExperts
 from coterie.comm.exchange.pieces import Job
 
 
@@ -78,16 +78,26 @@ class LocalWork(Work):
     def forward(
         self, number: int, x_PD: Tensor, weight_A: Tensor | None, passes: Passes, keep: bool
     ) -> Iterator[Tensor]:
-        job = self.jobs[number]
-        parts = list(passes.hidden(job.rows(x_PD), job.load))
+        job, parts = self.jobs[number], None
         if keep:
             self._x[number] = x_PD
             if self.experts.keeps:
+                parts = list(passes.hidden(job.rows(x_PD), job.load))
                 self._products[number] = [part.h_AH for part in parts]
-        own_A = job.weights(weight_A)
-        return (
-            job.sums(_joined(passes.result, parts, columns, x_PD), own_A) for columns in self.slabs
-        )
+        return self._results(job, x_PD, job.weights(weight_A), passes, parts)
+
+    def _results(
+        self,
+        job: Job,
+        x_PD: Tensor,
+        weight_A: Tensor | None,
+        passes: Passes,
+        parts: list[Hidden] | None,
+    ) -> Iterator[Tensor]:
+        if parts is None:
+            parts = list(passes.hidden(job.rows(x_PD), job.load))
+        for columns in self.slabs:
+            yield job.sums(_joined(passes.result, parts, columns, x_PD), weight_A)
 
     def kept(self) -> list[Tensor]:
         found = [x for x in self._x if x is not None]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from coterie.comm.axis import Axes, expert_parallel
 from coterie.comm.exchange.all_to_all import AllToAllExchange
+from coterie.comm.exchange.rows import start_all_to_all
 from coterie.moe.layer import MoELayer
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.moe.tokens import TokenInfo
@@ -109,6 +111,33 @@ def _on_rank(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
         assert layer.experts.w_in_EPFD.shape[0] == E // world
         results[name] = _step(layer, *_inputs(case, world)[rank])
     return results
+
+
+def _asked_and_sent(rank: int, world: int) -> list[str]:
+    told = []
+
+    def noted(name: str) -> Any:
+        plain = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            told.append(name)
+            return plain(*args, **kwargs)
+
+        return patch.object(dist, name, call)
+
+    sent_AD, received_AD = torch.ones(world, 2), torch.empty(world, 2)
+    group = dist.group.WORLD
+    assert group is not None
+    with noted("irecv"), noted("isend"):
+        for work in start_all_to_all(received_AD, sent_AD, [1] * world, [1] * world, group):
+            work.wait()
+    return told
+
+
+def test_ranks_ask_before_they_send() -> None:
+    """Else a question waits behind rows on the same connection."""
+    for told in run_ranks(4, _asked_and_sent, 4):
+        assert told == ["irecv"] * 3 + ["isend"] * 3
 
 
 @cache

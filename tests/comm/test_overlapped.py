@@ -1,5 +1,6 @@
 """The exchanges between ranks give what the plain one gives, in float64, whatever is late."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -20,6 +21,7 @@ from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.mail import Arrival, StreamMail, ThreadMail, mail_for
 from coterie.comm.exchange.overlapped import OverlappedExchange
 from coterie.comm.exchange.work import LocalWork
+from coterie.moe.activations import ACTIVATIONS
 from tests.comm.test_all_to_all import CASES, LIMIT, _inputs, _layer, _step
 from tests.distributed import run_ranks
 from tests.moe.tiny import error
@@ -207,6 +209,33 @@ def _most_kept(rank: int, world: int) -> int:
 def test_few_pieces_keep_their_hidden_gradients() -> None:
     """Three that have come, which wait for the four of one's own, and one of these."""
     assert run_ranks(4, _most_kept, 4) == [4] * 4
+
+
+def _alive_of_earlier_pieces(rank: int, world: int) -> list[int]:
+    """How many other hidden activations are there when some are made, in evaluation."""
+    layer = _layer(CASES["every expert of every token"], expert_parallel(_everyone()))
+    layer.exchange = OverlappedExchange(_everyone(), pieces=4, slabs=2)
+    activation = ACTIVATIONS["swiglu"]
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def noted(h_AH: Tensor) -> Tensor:
+        alive.append(sum(other() is not None for other in made))
+        a_AF = activation.forward(h_AH)
+        made.append(weakref.ref(a_AF))
+        return a_AF
+
+    x_TD, info, _ = _inputs(CASES["every expert of every token"], world)[rank]
+    assignment = layer.router(x_TD, info).assignment
+    with patch.dict(ACTIVATIONS, swiglu=activation._replace(forward=noted)), torch.no_grad():
+        layer.experts.over(layer.exchange, x_TD, assignment)
+    return alive
+
+
+def test_a_piece_is_gone_when_the_next_one_is_computed() -> None:
+    for alive in run_ranks(2, _alive_of_earlier_pieces, 2):
+        # of one piece's own experts the earlier ones are there
+        assert len(alive) >= 8 and max(alive) < 4 // 2
 
 
 def _kept_without_gradients(rank: int, world: int) -> list[bool]:

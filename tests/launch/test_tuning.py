@@ -1,8 +1,10 @@
 """How an exchange is cut, where the config leaves it open: measured once, and then remembered."""
 
 import json
+import math
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.launch.tuning import remembered
+from coterie.parallel import tuning
 from coterie.parallel.tuning import candidates, choose
 from tests.launch.kill_resume import command, environment
 
@@ -34,6 +37,32 @@ def test_all_to_all_stays_unless_it_is_slower(fastest: float, chosen: bool) -> N
     seconds = [1.0, *(2.0 for _ in found[1:])]
     seconds[5] = fastest
     assert choose(OPEN, seconds) == (found[5] if chosen else found[0])
+
+
+def test_the_luckiest_of_the_heats_must_win_the_duel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by candidate and turn: 3 is as fast as it gets in the heats, and slow afterwards."""
+    count = len(candidates(OPEN))
+    turns = dict.fromkeys(range(count), 0)
+    lucky = 3
+
+    def trial(candidate: int) -> float:
+        turns[candidate] += 1
+        if candidate == 0:
+            return 1.0
+        if candidate == lucky:
+            return 0.1 if turns[lucky] <= 10 else 1.2
+        return 0.5 + candidate
+
+    monkeypatch.setattr(tuning, "_trials", lambda layer, ranks: trial)
+    monkeypatch.setattr(tuning, "_slowest", lambda seconds, ranks: seconds)
+    layer: Any = SimpleNamespace(moe=SimpleNamespace(exchange=OPEN))
+    ranks: Any = None
+    seconds = tuning.measure(layer, ranks)
+    assert seconds[0] == 1.0 and seconds[lucky] == 1.2
+    assert all(math.isinf(time) for n, time in enumerate(seconds) if n not in (0, lucky))
+    assert choose(OPEN, seconds).kind == "all_to_all"
+    assert turns[lucky] == 1 + 2 + 3 + 4 + 7 and turns[0] == 1 + 7
+    assert {turns[n] for n in range(1, count) if n != lucky} == {1 + 2}  # far off after a heat
 
 
 @pytest.fixture
