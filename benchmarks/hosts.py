@@ -5,7 +5,9 @@ processors and memory are shared, unless a command is pinned to a core.
 """
 
 import fcntl
+import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,14 +54,30 @@ class Host:
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
     """``count`` hosts that reach each other, gone afterwards. Waits for another process's."""
-    made = [Host(number) for number in range(count)]
+    with alone():
+        yield from _hosts([Host(number) for number in range(count)])
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While no other process has hosts."""
     with _LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield from _hosts(made)
+        yield
+
+
+def left() -> list[tuple[str, str]]:
+    """Namespaces ("netns") and ends of cables ("link") that there are, by their names."""
+    found = []
+    for kind in ("netns", "link"):
+        listing = json.loads(_run(f"ip -json {kind} list") or "[]")
+        names = [entry.get("name") or entry["ifname"] for entry in listing]
+        found += [(kind, name) for name in names if re.fullmatch(rf"{_BRIDGE}(\d+p?)?", name)]
+    return found
 
 
 def _hosts(made: list[Host]) -> Iterator[list[Host]]:
-    _remove(made)  # what a killed process has left
+    _remove()  # what a killed process has left
     try:
         _run(f"ip link add {_BRIDGE} type bridge")
         _run(f"ip link set {_BRIDGE} up")
@@ -74,7 +92,7 @@ def _hosts(made: list[Host]) -> Iterator[list[Host]]:
             _inside(host, "ip link set lo up")
         yield made
     finally:
-        _remove(made)
+        _remove()
 
 
 def shape(made: Sequence[Host], megabits: float | None) -> None:
@@ -93,18 +111,18 @@ def shape(made: Sequence[Host], megabits: float | None) -> None:
                 )
 
 
-def _remove(made: Sequence[Host]) -> None:
-    for host in made:
-        subprocess.run(["ip", "netns", "del", host.namespace], capture_output=True)
-        subprocess.run(["ip", "link", "del", f"{host.namespace}p"], capture_output=True)
-    subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+def _remove() -> None:
+    for kind, name in left():
+        # a cable may have gone with its namespace
+        subprocess.run(["ip", kind, "del", name], capture_output=True)
 
 
 def _inside(host: Host, command: str) -> None:
     _run(f"nsenter --net=/run/netns/{host.namespace} {command}")
 
 
-def _run(command: str) -> None:
+def _run(command: str) -> str:
     done = subprocess.run(command.split(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
+    return done.stdout

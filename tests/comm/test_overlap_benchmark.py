@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import overlap
+from benchmarks.hosts import alone, hosts, left
 from benchmarks.overlaps import lab
 from benchmarks.overlaps.cases import COMMUNICATION, COMPUTE, PLAIN, TUNED, Case
 from benchmarks.overlaps.figures import Turn, summarise
@@ -41,8 +42,21 @@ def test_a_case_is_measured_once_and_the_hosts_are_gone(
     assert result["contenders"][COMMUNICATION]["forward"]["ms"] > 0.8e3 * least
     assert "overlapped 2x1" in (tmp_path / "overlap.md").read_text()
     assert case.name not in run()
-    for listing in (["ip", "-br", "link"], ["ip", "netns"]):
-        assert "coterie" not in subprocess.run(listing, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(lab.missing() is not None, reason=f"hosts: {lab.missing()}")
+def test_hosts_are_gone_afterwards_also_those_of_a_killed_process() -> None:
+    killed = (
+        "import os; from benchmarks.hosts import hosts\n"
+        "with hosts(3) as made: print(len(made), flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", killed], stdout=subprocess.PIPE, cwd=lab.ROOT)
+    assert (done.returncode, done.stdout) == (-9, b"3\n")
+    with pytest.raises(ZeroDivisionError), hosts(1):
+        assert left() == [("netns", "coterie0"), ("link", "coterie"), ("link", "coterie0p")]
+        raise ZeroDivisionError
+    with alone():
+        assert left() == []
 
 
 def test_a_rank_that_hangs_shows_where(tmp_path: Path) -> None:
