@@ -42,6 +42,8 @@ def test_a_case_is_measured_once_and_the_hosts_are_gone(
     assert result["contenders"][COMMUNICATION]["forward"]["ms"] > 0.8e3 * least
     assert "overlapped 2x1" in (tmp_path / "overlap.md").read_text()
     assert case.name not in run()
+    with alone():
+        assert left() == []
 
 
 @pytest.mark.skipif(lab.missing() is not None, reason=f"hosts: {lab.missing()}")
