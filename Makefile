@@ -3,7 +3,7 @@
 #   make train    set everything up and run the main job
 #   make test     set everything up and run the tests
 #
-# Others: setup, conformance, lint, types, bench, clean. Everything lives in .venv, build and runs.
+# Others: setup, conformance, lint, types, bench, gpu, clean. Everything lives in .venv, build and runs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,11 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu csrc/fused_kernels/*) \
+  csrc/build.py csrc/jobs.py csrc/toolchain.py
+HAVE_NVCC := command -v nvcc >/dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]
+# CUTLASS's headers, to compile the fused kernels with, and two tools that read machine code
+FOR_FUSED := nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 FOLDERS := core csrc comm moe models data parallel launch
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c requirements/constraints.txt
 # a file for each core at a time; in conformance, a test
@@ -19,7 +24,7 @@ BY_FILE := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorde
 CONFORMANCE := tests/conformance tests/resharding
 ONE_FOR_EACH_CORE := $(BIN)/python -m pytest -n auto
 
-.PHONY: help setup train test conformance lint types bench clean
+.PHONY: help setup train test conformance lint types bench gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -35,20 +40,23 @@ $(VENV)/bin/python:
 	  echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
 
 # torch first: the native ops are compiled against the torch that will run them
-$(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu) csrc/build.py
+$(READY): $(VENV)/bin/python pyproject.toml setup.py requirements/constraints.txt $(NATIVE)
 	@echo "== installing torch into $(VENV) (minutes the first time)"
 	@$(PIP) torch setuptools wheel
 	@echo "== installing coterie, compiling the native ops"
 	@$(PIP) --no-build-isolation -e .
 	@$(BIN)/python -c 'from coterie.csrc.loader import status; \
-	  reason = next((s.reason for s in status() if s.device == "cpu" and not s.native), ""); \
+	  reason = next((s.reason for s in status() if s.device == "cpu" and s.fix), ""); \
 	  print("== native CPU ops:", f"not used ({reason}); plain PyTorch runs instead" if reason else "compiled")'
 	@echo "== what else runs here, and what would fix gaps:  $(BIN)/coterie doctor"
 	@touch $(READY)
 
-# the tests hold the layer against Hugging Face's, megatron-core's and DeepSpeed's
+# the tests hold the layer against Hugging Face's, megatron-core's and DeepSpeed's; CUTLASS comes
+# first: the fused kernels are compiled where it is, for minutes that `make train` need not wait
 $(TESTS_READY): $(READY)
 	@echo "== installing what the tests need"
+	@if $(HAVE_NVCC); then \
+	  echo "== compiling the fused kernels too (minutes)"; $(PIP) --no-deps $(FOR_FUSED); fi
 	@$(PIP) --no-build-isolation -e '.[dev,hf,megatron,deepspeed]'
 	@touch $(TESTS_READY)
 
@@ -89,6 +97,16 @@ types: $(TESTS_READY)
 bench: $(TESTS_READY)
 	@$(BIN)/python benchmarks/layer.py
 	@$(BIN)/python benchmarks/rows.py
+
+# on a machine with a Hopper GPU: a Python whose torch has CUDA is all that it needs (docs/gpu.md)
+gpu:
+	@for python in $(PYTHON) $(BIN)/python; do \
+	  if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec $$python benchmarks/gpu/run.py; \
+	  fi; \
+	done; \
+	echo "make gpu needs a Python whose torch sees a GPU, and neither $(PYTHON) nor $(BIN)/python has \
+one; name another with: make PYTHON=/path/to/python gpu"; exit 2
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis csrc/*.so csrc/build.json

@@ -6,7 +6,7 @@ its ``__init__.py``. The YAML files of ``configs/`` are installed beside them, i
 compiled, in csrc/build.py.
 """
 
-import runpy
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,7 +14,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 FOLDERS = ("core", "csrc", "comm", "moe", "models", "data", "parallel", "launch")
-NATIVE = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+sys.path.insert(0, str(ROOT / "csrc"))
+import build  # noqa: E402  (the package coterie.csrc imports torch, which an isolated build lacks)
 
 
 def packages() -> list[str]:
@@ -31,11 +32,11 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         """Build into the wheel, or beside the sources for an editable install."""
-        NATIVE["build"](ROOT / "csrc", self._target())
+        build.build(ROOT / "csrc", self._target())
 
     def get_outputs(self) -> list[str]:
         """The files that a wheel must hold; an editable install finds them in the checkout."""
-        names = [NATIVE["REPORT"], *map(NATIVE["library_name"], NATIVE["LIBRARIES"])]
+        names = [build.REPORT, *map(build.library_name, build.LIBRARIES)]
         return [str(path) for name in names if (path := self._target() / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -52,7 +53,7 @@ setup(
     packages=[*packages(), "coterie.configs"],
     package_dir={f"coterie.{folder}": folder for folder in (*FOLDERS, "configs")},
     package_data={
-        "coterie.csrc": list(NATIVE["SOURCES"]),
+        "coterie.csrc": [*build.SOURCES.values(), *build.HEADERS["fused"]],
         "coterie.configs": ["**/*.yaml"],
         "coterie.launch.report": ["page.*", "*.js"],
     },

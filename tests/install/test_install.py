@@ -126,8 +126,8 @@ def test_pip_install(environment: Environment) -> None:
     lines = environment.pip_install("--force-reinstall", "--no-deps", ".")
     lines += environment.pip_install("coterie")
     assert lines == [
-        "coterie: CUDA ops skipped: COTERIE_SKIP_CUDA=1 (to build: env -u COTERIE_SKIP_CUDA "
-        "python -m coterie.csrc.build); plain PyTorch is used instead"
+        "coterie: CUDA and FUSED ops skipped: COTERIE_SKIP_CUDA=1 (to build: env -u "
+        "COTERIE_SKIP_CUDA python -m coterie.csrc.build); plain PyTorch is used instead"
     ]
     shutil.rmtree(environment.checkout)
     answer = environment.ask()
@@ -141,6 +141,9 @@ def test_pip_install(environment: Environment) -> None:
         "launch/report/heat.js",
     ):
         assert (package / shipped).exists(), shipped
+    for path in (ROOT / "csrc").rglob("*"):  # all that a later build on this machine needs
+        if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"):
+            assert (package / path.relative_to(ROOT)).exists(), path
     assert not (package / "__init__.py").exists()
     assert not (package.parent / "coterie.py").exists()
     script = environment.python.parent / "coterie"
