@@ -1,10 +1,12 @@
 """Load the native libraries once, and say for each op whether it runs native and, if not, why.
 
+An op that any machine can run has a plain PyTorch twin; those of the ``fused`` library, which are
+for Hopper GPUs, have none: ask ``fused_missing`` before calling one.
+
 ``COTERIE_NATIVE=0`` in the environment makes every op use its plain PyTorch twin; it is read when
 the first op is called (or ``status`` asked), not later.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -24,13 +26,23 @@ _TWINS: dict[str, Callable[..., Any]] = {
     "unpermute": twins.unpermute_reference,
     "unpermute_backward": twins.unpermute_backward_reference,
     "invert": twins.invert_reference,
+    "sort_by_expert": twins.sort_by_expert_reference,
+    "gate": twins.gate_reference,
+    "gate_backward": twins.gate_backward_reference,
     "swiglu": twins.swiglu_reference,
     "swiglu_backward": twins.swiglu_backward_reference,
 }
 REBUILD = f"{shlex.quote(sys.executable)} -m coterie.csrc.build"
 _STALE, _UNLOADABLE = "older than its sources", "loading failed"
 _CHOSEN: dict[tuple[str, str], Callable[..., Any]] = {}
-_NATIVE = {"cpu": tuple(_TWINS), "cuda": ("permute", "unpermute", "unpermute_backward")}
+_ROWS = ("permute", "unpermute", "unpermute_backward", "invert")
+_NATIVE: dict[str, tuple[str, ...]] = {  # the ops that each library holds
+    "cpu": (*_ROWS, "swiglu", "swiglu_backward"),
+    "cuda": (*_ROWS, "sort_by_expert", "gate", "gate_backward"),
+    "fused": (),
+}
+_DEVICES = ("cpu", "cuda")  # the library "fused" is for device type "cuda" too
+_HOPPER = (9, 0)
 
 
 class OpStatus(NamedTuple):
@@ -44,15 +56,27 @@ class OpStatus(NamedTuple):
 
 
 def kernel(op: str, device: str) -> Callable[..., Any]:
-    """The function that runs ``op`` on device type ``device``: the native op, or its twin."""
+    """The function that runs ``op`` on device type ``device``: the native op, or its twin.
+
+    Raises RuntimeError for an op without a twin where its library is of no use.
+    """
     chosen = _CHOSEN.get((op, device))
     return _choose(op, device) if chosen is None else chosen
 
 
+def twin(op: str) -> Callable[..., Any]:
+    """The plain PyTorch twin of ``op``, for what no kernel takes."""
+    return _TWINS[op]
+
+
 @torch.compiler.assume_constant_result  # torch.compile runs the choice, and does not trace it
 def _choose(op: str, device: str) -> Callable[..., Any]:
-    native = op in _NATIVE.get(device, ()) and not _absence(device)[0]
-    chosen = getattr(torch.ops.coterie, op).default if native else _TWINS[op]
+    library = "fused" if op in _NATIVE["fused"] and device == "cuda" else device
+    reason, fix = _absence(library) if op in _NATIVE.get(library, ()) else ("not compiled", "")
+    if reason and op not in _TWINS:
+        told = f"op {op} cannot run on {device}, and has no plain PyTorch twin: {reason}"
+        raise RuntimeError(f"{told} (to change that: {fix})" if fix else told)
+    chosen = _TWINS[op] if reason else getattr(torch.ops.coterie, op).default
     _CHOSEN[op, device] = chosen
     return chosen
 
@@ -61,7 +85,7 @@ def _choose(op: str, device: str) -> Callable[..., Any]:
 def twins_only() -> Iterator[None]:
     """Inside, every op runs its plain PyTorch twin: for comparisons, in one process and thread."""
     before = dict(_CHOSEN)
-    _CHOSEN.update({(op, device): _TWINS[op] for op in _TWINS for device in build.LIBRARIES})
+    _CHOSEN.update({(op, device): _TWINS[op] for op in _TWINS for device in _DEVICES})
     try:
         yield
     finally:
@@ -70,9 +94,9 @@ def twins_only() -> Iterator[None]:
 
 
 def status() -> list[OpStatus]:
-    """One record for each op and device type, for ``coterie doctor``."""
+    """One record for each op that has a twin and each device type, for ``coterie doctor``."""
     records = []
-    for device in build.LIBRARIES:
+    for device in _DEVICES:
         reason, fix = _absence(device)
         for op in _TWINS:
             if op in _NATIVE[device]:
@@ -82,15 +106,27 @@ def status() -> list[OpStatus]:
     return records
 
 
-def _absence(device: str) -> tuple[str, str]:
-    """Why the ops of ``device`` are not native, and the fix; ('', '') when they are."""
-    reason, fix = _load()[device]
-    if reason or device != "cuda":
+def fused_missing() -> tuple[str, str]:
+    """Why the fused kernels cannot run here, and the fix; ('', '') when they can.
+
+    They can where their library is loaded and the current GPU is a Hopper GPU.
+    """
+    return _absence("fused")
+
+
+def _absence(library: str) -> tuple[str, str]:
+    """Why the ops of a library are not native here, and the fix; ('', '') when they are."""
+    reason, fix = _load()[library]
+    if reason or library == "cpu":
         return reason, fix
     if not torch.cuda.is_available():
         return "compiled, but torch sees no CUDA device", ""
-    archs = json.loads((_HERE / build.REPORT).read_text())["libraries"]["cuda"]["archs"]
-    return _gpu_mismatch(archs, torch.cuda.get_device_capability())
+    capability = torch.cuda.get_device_capability()
+    if library == "fused":
+        here = "".join(map(str, capability))
+        other = f"for Hopper GPUs (sm_90), but this GPU is sm_{here}"
+        return ("", "") if capability == _HOPPER else (other, "")
+    return _gpu_mismatch(build.read_report(_HERE)["cuda"]["archs"], capability)
 
 
 def _gpu_mismatch(archs: list[str], capability: tuple[int, int]) -> tuple[str, str]:
@@ -113,16 +149,18 @@ def _gpu_mismatch(archs: list[str], capability: tuple[int, int]) -> tuple[str, s
 
 @cache
 def _load() -> dict[str, tuple[str, str]]:
-    """Load both libraries; for each device type the reason and fix of its absence, or ('', '')."""
-    missing = {device: _missing(device) for device in build.LIBRARIES}
-    if not missing["cuda"][0] and missing["cpu"][0]:
-        missing["cuda"] = ("the CPU library, which defines the ops, is missing", REBUILD)
-    for device in build.LIBRARIES:
-        if not missing[device][0]:
-            try:
-                torch.ops.load_library(str(_HERE / build.library_name(device)))
-            except OSError as error:
-                missing[device] = (f"{_UNLOADABLE}: {str(error).splitlines()[0]}", REBUILD)
+    """Load the libraries; for each the reason and fix of its absence, or ('', '')."""
+    missing = {library: _missing(library) for library in build.LIBRARIES}
+    for library in build.LIBRARIES:  # "cpu" is the first
+        if missing[library][0]:
+            continue
+        if missing["cpu"][0]:
+            missing[library] = ("the CPU library, which defines the ops, is missing", REBUILD)
+            continue
+        try:
+            torch.ops.load_library(str(_HERE / build.library_name(library)))
+        except OSError as error:
+            missing[library] = (f"{_UNLOADABLE}: {str(error).splitlines()[0]}", REBUILD)
     if not missing["cpu"][0]:
         from coterie.csrc import fake  # noqa: F401  (registers shapes; needs the ops defined)
     _tell_of_broken(missing)
@@ -137,29 +175,27 @@ def _tell_of_broken(missing: dict[str, tuple[str, str]]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     broken: dict[str, list[str]] = {}
-    for device, (reason, _) in missing.items():
-        here = device != "cuda" or torch.cuda.is_available()
+    for library, (reason, _) in missing.items():
+        here = library == "cpu" or torch.cuda.is_available()
         if reason.startswith((_STALE, _UNLOADABLE)) and here:
-            broken.setdefault(reason, []).append(device.upper())
+            broken.setdefault(reason, []).append(library.upper())
     if broken:
         whys = "; ".join(f"{' and '.join(names)}: {why}" for why, names in broken.items())
         told = f"plain PyTorch runs in place of native ops ({whys}); rebuild them: {REBUILD}"
         print(f"coterie: {told}", file=sys.stderr)
 
 
-def _missing(device: str) -> tuple[str, str]:
-    """Why the library for ``device`` cannot be loaded, and the fix; ('', '') when it can."""
+def _missing(library: str) -> tuple[str, str]:
+    """Why a library cannot be loaded, and the fix; ('', '') when it can."""
     if os.environ.get("COTERIE_NATIVE") == "0":
         return "COTERIE_NATIVE=0", "env -u COTERIE_NATIVE"
-    report = _HERE / build.REPORT
-    if not report.exists():
+    entry = build.read_report(_HERE).get(library)
+    if entry is None:
         return "not built", REBUILD
-    built = json.loads(report.read_text())
-    entry = built["libraries"][device]
     if not entry["built"]:
         return entry["reason"], entry["fix"]
-    if built["sources"] != build.source_hash(_HERE):
+    if entry.get("sources") != build.source_hash(_HERE, library):
         return _STALE, REBUILD
-    if not (_HERE / build.library_name(device)).exists():
+    if not (_HERE / build.library_name(library)).exists():
         return "the library file is gone", REBUILD
     return "", ""

@@ -1,4 +1,4 @@
-// Row gather (permute) and weighted row sum (unpermute) on the CPU, and the ops' schemas.
+// Row gather (permute) and weighted row sum (unpermute) on the CPU.
 //
 // Every output number is computed by one thread in a fixed order, without fused multiply-add, so
 // the bits do not depend on the number of threads or on the CPU's vector width.
@@ -194,13 +194,6 @@ std::tuple<Tensor, Tensor> invert(const Tensor& token_, int64_t tokens) {
 
 }  // namespace
 }  // namespace coterie
-
-STABLE_TORCH_LIBRARY(coterie, m) {
-  m.def("permute(Tensor x, Tensor token, Tensor? weight) -> Tensor");
-  m.def("unpermute(Tensor x, Tensor? weight, Tensor row, Tensor offset) -> Tensor");
-  m.def("unpermute_backward(Tensor dy, Tensor x, Tensor weight, Tensor token) -> (Tensor, Tensor)");
-  m.def("invert(Tensor token, int num_tokens) -> (Tensor, Tensor)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(coterie, CPU, m) {
   m.impl("permute", TORCH_BOX(&coterie::permute));

@@ -1,25 +1,14 @@
 // Row gather (permute) and weighted row sum (unpermute) on CUDA: one warp per output row.
 //
 // Rows are read and written 16 bytes per lane where their address and width allow. No atomics, so
-// equal inputs give equal bits. An index out of range stops the kernel (__trap): checking it on
-// the host would make the host wait for the device.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include <algorithm>
+// equal inputs give equal bits.
 #include <initializer_list>
 
-#include "rows.h"
-
-// In libtorch_cuda only; weak, so that this library also loads where torch has no CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**)
-    __attribute__((weak));
+#include "device.cuh"
 
 namespace coterie {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;  // warps, hence rows, per block
 constexpr int64_t kMaxBlocks = 1 << 20;  // beyond it, warps take several rows
 
@@ -40,11 +29,6 @@ __device__ int64_t first_row() {
 
 __device__ int64_t row_stride() {
   return static_cast<int64_t>(gridDim.x) * kWarps;
-}
-
-__device__ int64_t in_range(int64_t i, int64_t size) {
-  if (i < 0 || i >= size) __trap();
-  return i;
 }
 
 // y[a] = weight[a] * x[token[a]]; width in packs; a null weight copies.
@@ -114,30 +98,16 @@ __global__ void unpermute_backward_kernel(
       }
       dx[a * width + d] = out;
     }
-#pragma unroll
-    for (int lane = kWarp / 2; lane > 0; lane /= 2) {
-      dot += __shfl_down_sync(0xffffffffu, dot, lane);
-    }
+    dot = warp_sum(dot);
     if (threadIdx.x == 0) dweight[a] = dot;
   }
 }
 
-cudaStream_t current_stream(const Tensor& x) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <class... Parameters, class... Arguments>
-void launch(
-    void (*kernel)(Parameters...), const Tensor& x, int64_t rows, Arguments... arguments) {
+// One warp for each row.
+template <class Kernel, class... Arguments>
+void launch_rows(Kernel* kernel, const Tensor& x, int64_t rows, Arguments... arguments) {
   const int64_t blocks = std::min<int64_t>((rows + kWarps - 1) / kWarps, kMaxBlocks);
-  if (blocks == 0) return;
-  kernel<<<static_cast<unsigned>(blocks), dim3(kWarp, kWarps), 0, current_stream(x)>>>(
-      static_cast<Parameters>(arguments)...);
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "coterie row kernel: ", cudaGetErrorString(error));
+  launch(kernel, static_cast<unsigned>(blocks), dim3(kWarp, kWarps), 0, x, arguments...);
 }
 
 bool aligned(const void* p, int64_t bytes) {
@@ -161,7 +131,7 @@ Tensor permute(const Tensor& x_, const Tensor& token_, const std::optional<Tenso
   check_rows(x_, "x_TD");
   check_index(token_, x_, "token_A");
   check_weight(weight_, x_, token_.size(0));
-  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Guard guard(x_);
   const Tensor x = dense(x_), token = dense(token_);
   const std::optional<Tensor> weight = dense(weight_);
   const int64_t rows = token.size(0);
@@ -169,7 +139,7 @@ Tensor permute(const Tensor& x_, const Tensor& token_, const std::optional<Tenso
   dispatch_pack(x, {x.const_data_ptr(), y.const_data_ptr()}, [&](auto element, auto n) {
     using T = decltype(element);
     using P = Pack<T, n.value>;
-    launch(
+    launch_rows(
         permute_kernel<T, n.value>, x, rows, data<P>(x), data<int64_t>(token),
         data_or_null<Acc<T>>(weight), mutable_data<P>(y), x.size(0), rows, x.size(1) / n.value);
   });
@@ -180,7 +150,7 @@ Tensor unpermute(
     const Tensor& x_, const std::optional<Tensor>& weight_, const Tensor& row_,
     const Tensor& offset_) {
   check_unpermute(x_, weight_, row_, offset_);
-  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Guard guard(x_);
   const Tensor x = dense(x_), row = dense(row_), offset = dense(offset_);
   const std::optional<Tensor> weight = dense(weight_);
   const int64_t tokens = offset.size(0) - 1;
@@ -188,7 +158,7 @@ Tensor unpermute(
   dispatch_pack(x, {x.const_data_ptr(), y.const_data_ptr()}, [&](auto element, auto n) {
     using T = decltype(element);
     using P = Pack<T, n.value>;
-    launch(
+    launch_rows(
         unpermute_kernel<T, n.value>, x, tokens, data<P>(x), data_or_null<Acc<T>>(weight),
         data<int64_t>(row), data<int64_t>(offset), mutable_data<P>(y), x.size(0), row.size(0),
         tokens, x.size(1) / n.value);
@@ -199,7 +169,7 @@ Tensor unpermute(
 std::tuple<Tensor, Tensor> unpermute_backward(
     const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& token_) {
   check_backward(dy_, x_, weight_, token_);
-  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Guard guard(x_);
   const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), token = dense(token_);
   const int64_t rows = x.size(0);
   Tensor dx = torch::stable::new_empty(x, {rows, x.size(1)});
@@ -208,7 +178,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(
   dispatch_pack(x, pointers, [&](auto element, auto n) {
     using T = decltype(element);
     using P = Pack<T, n.value>;
-    launch(
+    launch_rows(
         unpermute_backward_kernel<T, n.value>, x, rows, data<P>(dy), data<P>(x),
         data<Acc<T>>(weight), data<int64_t>(token), mutable_data<P>(dx),
         mutable_data<Acc<T>>(dweight), dy.size(0), rows, x.size(1) / n.value);
@@ -219,7 +189,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(
 }  // namespace
 }  // namespace coterie
 
-STABLE_TORCH_LIBRARY_IMPL(coterie, CUDA, m) {
+COTERIE_KERNELS(m) {
   m.impl("permute", TORCH_BOX(&coterie::permute));
   m.impl("unpermute", TORCH_BOX(&coterie::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&coterie::unpermute_backward));

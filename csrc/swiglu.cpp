@@ -117,11 +117,6 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& da_, const Tensor& h_) 
 }  // namespace
 }  // namespace coterie
 
-STABLE_TORCH_LIBRARY_FRAGMENT(coterie, m) {
-  m.def("swiglu(Tensor h) -> Tensor");
-  m.def("swiglu_backward(Tensor da, Tensor h) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(coterie, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&coterie::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&coterie::swiglu_backward));

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from coterie.core.config import Config
+from coterie.csrc.fused import WIDTH
 from coterie.models.attention import AttentionConfig
 from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.models.untied import UntieConfig
@@ -53,6 +54,11 @@ class DecoderConfig(Config):
         self._check_expert_counts()
         self._check_shared_depth()
         self._check_feed_forward()
+        if self.moe is not None and self.moe.exchange.kind == "fused" and self.width % WIDTH:
+            raise ValueError(
+                f"width is {self.width}, but with moe.exchange.kind fused multiples of {WIDTH} are "
+                "accepted"
+            )
         if self.mixture_of_depths is not None:
             self.mixture_of_depths.check(self.layers, self.moe.router if self.moe else None)
         return self

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coterie.csrc.sort import sort_by_expert
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -32,18 +34,17 @@ def from_choices(
     ``expert_TK`` int64, ``weight_TK`` float, ``keep_TK`` bool: choices not kept (padding, over
     capacity) become no row. Without ``keep_TK`` nothing here waits for the device.
     """
-    choices = expert_TK.shape[1]
     expert_flat = expert_TK.flatten()
+    keep_flat = None if keep_TK is None else keep_TK.flatten()
     # flat order is by token, so a stable sort by expert sorts by (expert, token)
-    order_A = expert_flat.argsort(stable=True)
-    if keep_TK is not None:
-        order_A = order_A[keep_TK.flatten()[order_A]]
-    expert_A = expert_flat[order_A]
+    order_A, load_E = sort_by_expert(expert_flat, num_experts, keep_flat)
+    if keep_flat is not None:
+        order_A = order_A[: int(load_E.sum())]
     return Assignment(
-        token_A=order_A // choices,
-        expert_A=expert_A,
+        token_A=order_A // expert_TK.shape[1],
+        expert_A=expert_flat[order_A],
         weight_A=weight_TK.flatten()[order_A],
-        load_E=count(expert_A, num_experts),
+        load_E=load_E,
     )
 
 

@@ -90,6 +90,10 @@ class _Split(NamedTuple):
     experts: Experts
 
     @property
+    def activation(self) -> ActivationName:
+        return self.experts.activation
+
+    @property
     def keeps(self) -> bool:
         return not self.experts.recompute
 

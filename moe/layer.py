@@ -11,6 +11,7 @@ from coterie.comm.axis import Axes
 from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.core.config import Config
+from coterie.csrc.fused import HIDDEN
 from coterie.moe.assignment import sliced
 from coterie.moe.experts import Experts, ExpertsConfig
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig
@@ -47,6 +48,8 @@ class MoEConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.router.check(self.experts.count)
+        if self.exchange.kind == "fused":
+            self._check_fused()
         if self.route_before_attention and not self.router.sees_activations:
             raise ValueError(
                 f"route_before_attention must be false with router.kind {self.router.kind}, which "
@@ -59,6 +62,19 @@ class MoEConfig(Config):
         if self.shared_mix and self.shared_gate:
             raise ValueError("shared_mix and shared_gate are two ways to weigh the shared experts")
         return self
+
+    def _check_fused(self) -> None:
+        activation, hidden = self.experts.activation, self.experts.hidden
+        if activation != "swiglu":
+            raise ValueError(
+                f"experts.activation is {activation}, but with exchange.kind fused swiglu is "
+                "accepted"
+            )
+        if hidden % HIDDEN:
+            raise ValueError(
+                f"experts.hidden is {hidden}, but with exchange.kind fused multiples of {HIDDEN} "
+                "are accepted"
+            )
 
 
 class MoEOutput(NamedTuple):

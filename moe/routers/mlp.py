@@ -107,11 +107,10 @@ class MLPRouter(TopKRouter):
         hidden_TR = F.gelu(self.first(self.norm(info.router_state_TR)))
         return super()._logits(F.gelu(self.second(hidden_TR)), info)
 
-    def _rank(self, score_TE: Tensor) -> Tensor:
-        if not self.skip:
-            return super()._rank(score_TE)
-        expert_TE, skip_T1 = score_TE[:, :-1], score_TE[:, -1:] + SKIP_BIAS
-        return torch.cat([super()._rank(expert_TE), skip_T1], 1)
+    def _biases(self) -> Tensor | None:
+        if self.bias is None or not self.skip:
+            return self.bias
+        return F.pad(self.bias, (0, 1), value=SKIP_BIAS)
 
 
 def _without_last(routing: Routing) -> Routing:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coterie.comm.axis import Axes
+from coterie.csrc.gate import gate
 from coterie.moe.assignment import from_choices, kept
 from coterie.moe.routers.base import Router, Routing, TokenChoiceConfig
 from coterie.moe.stats import routing_stats
@@ -90,9 +91,8 @@ class RandomFixedRouter(Router):
         self.config.check_k(k, self.num_experts)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = x_TD.to(self.weight.dtype) @ self.weight.t()
-            expert_TK = logits_TE.detach().topk(k, dim=-1).indices
-            weight_TK = logits_TE.gather(1, expert_TK).softmax(-1) * self.config.scale
+            expert_TK, weight_TK, score_TE = gate(logits_TE, k, scale=self.config.scale)
             keep_TK = kept(expert_TK, info.padding_T)
             assignment = from_choices(expert_TK, weight_TK, self.num_experts, keep_TK)
-            stats = routing_stats(assignment, logits_TE.detach().softmax(-1), info.padding_T)
+            stats = routing_stats(assignment, score_TE.detach(), info.padding_T)
         return Routing(assignment, {}, stats)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coterie.comm.axis import Axes, Axis
 from coterie.core.random import uniform
+from coterie.csrc.gate import gate
 from coterie.moe.assignment import Assignment, count, from_choices, kept
 from coterie.moe.losses import global_counts, sequence_balance, switch_balance, z_loss
 from coterie.moe.routers.base import BaseRouterConfig, Router, Routing
@@ -138,13 +139,16 @@ class TopKRouter(Router):
         # autocast would round the logits to half precision, and near-ties would change experts
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD, info)
-            score_TE = logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
-            expert_TK = self._eligible(self._rank(score_TE.detach())).topk(k, dim=-1).indices
-            weight_TK = score_TE.gather(1, expert_TK)
-            if config.renormalise:
-                weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-            weight_TK = weight_TK * config.scale
-
+            expert_TK, weight_TK, score_TE = gate(
+                logits_TE,
+                k,
+                score=config.score,
+                bias_E=self._biases(),
+                renormalise=config.renormalise,
+                scale=config.scale,
+                groups=config.groups,
+                top_groups=config.top_groups,
+            )
             chosen_TK = keep_TK = kept(expert_TK, info.padding_T)
             if config.capacity_factor is not None:
                 keep_TK = within_shared_capacity(
@@ -177,23 +181,9 @@ class TopKRouter(Router):
             x_TD = x_TD * (1 + self.config.jitter * (2 * noise_TD - 1))
         return x_TD @ self.weight.t()
 
-    def _rank(self, score_TE: Tensor) -> Tensor:
-        """What experts are chosen by."""
-        return score_TE if self.bias is None else score_TE + self.bias
-
-    def _eligible(self, score_TE: Tensor) -> Tensor:
-        """Scores with the experts outside a token's best groups set to minus infinity.
-
-        A group is as good as its two best scores together (DeepSeek-V3, arXiv 2412.19437). Not
-        zero: a score may underflow to that.
-        """
-        config = self.config
-        if config.groups == config.top_groups:
-            return score_TE
-        score_TGE = score_TE.unflatten(1, (config.groups, -1))
-        best_TG = score_TGE.topk(2, dim=-1).values.sum(-1).topk(config.top_groups, dim=-1).indices
-        open_TG = torch.zeros_like(score_TGE[..., 0], dtype=torch.bool).scatter_(1, best_TG, True)
-        return score_TGE.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+    def _biases(self) -> Tensor | None:
+        """What is added to the scores for the choice alone."""
+        return self.bias
 
     def _with_losses(
         self,

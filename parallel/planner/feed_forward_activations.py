@@ -111,12 +111,10 @@ def router(work: Workload, experts_: int) -> int:
     match work.model.moe.router:
         case TopKConfig() as config:
             return _top_k(work, config, experts_)
-        case RandomFixedConfig() as config:
-            # logits; choices, their probabilities, and the order of rows
-            return _scores(work, experts_) + work.own * config.k * (2 * INT + work.whole)
         case HashConfig():
             return 0
-        case SinkhornConfig() as config:  # scores, choices, and the order of rows
+        case RandomFixedConfig() | SinkhornConfig() as config:
+            # scores, choices, and the order of rows
             return _scores(work, experts_) + work.own * config.k * 2 * INT
         case ExpertChoiceConfig() | ModalityConfig() as config:
             return _expert_choice(work, config.score, experts_)
@@ -140,8 +138,6 @@ def _top_k(work: Workload, config: TopKConfig, experts_: int) -> int:
     choices = tokens * config.k
     scores = _scores(work, experts_)
     kept = scores + choices * INT + choices * INT  # scores, experts chosen, order of rows
-    if config.renormalise:
-        kept += choices * whole + tokens * whole
     if config.z_loss:
         kept += scores + tokens * whole + INT
     if config.score == "sigmoid" and config.balance_loss:

@@ -166,5 +166,5 @@ def workload_of(
         device=device,
         skew=skew,
         optimizer=optimizer,
-        route=model.moe.exchange.route if model.moe else "rows",
+        route=model.moe.exchange.travels if model.moe else "rows",
     )

@@ -11,6 +11,7 @@ import pytest
 from coterie.csrc import build, loader, twins
 
 ROOT = Path(build.__file__).parents[1]
+SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 SCRIPT = """
 import json, torch
 from coterie.csrc import invert, loader, permute, unpermute
@@ -88,16 +89,29 @@ def test_built_and_whole(folder: Path) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", build.SOURCES)
+@pytest.mark.parametrize(
+    "name", ["build.py", *(path.name for path in ROOT.glob("csrc/*") if path.suffix in SUFFIXES)]
+)
 def test_sources_newer_than_the_libraries(folder: Path, name: str) -> None:
+    cuda = loader._missing("cuda")
     with (folder / name).open("a") as source:
         source.write("// changed\n")
+    stale = ("older than its sources", loader.REBUILD)
+    assert loader._missing("cpu") == (stale if name.endswith((".py", ".cpp", ".h")) else ("", ""))
+    if cuda == ("", ""):
+        assert loader._missing("cuda") == (cuda if name.endswith(".cpp") else stale)
+
+
+def test_a_report_of_an_earlier_form_is_out_of_date(folder: Path) -> None:
+    report = {"sources": build.source_hash(folder, "cpu"), "libraries": {"cpu": {"built": True}}}
+    (folder / build.REPORT).write_text(json.dumps(report))
     assert loader._missing("cpu") == ("older than its sources", loader.REBUILD)
+    assert loader._missing("fused") == ("not built", loader.REBUILD)
 
 
 @pytest.mark.parametrize(
     ("rank", "gpu", "devices"),
-    [(None, False, "CPU"), ("0", True, "CPU and CUDA"), ("1", True, "")],
+    [(None, False, "CPU"), ("0", True, "CPU and CUDA and FUSED"), ("1", True, "")],
 )
 def test_one_line_tells_of_stale_libraries(
     rank: str | None,
@@ -107,7 +121,8 @@ def test_one_line_tells_of_stale_libraries(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = {"sources": "of old", "libraries": {key: {"built": True} for key in build.LIBRARIES}}
+    old = {"built": True, "sources": "of old"}
+    report = {"libraries": dict.fromkeys(build.LIBRARIES, old)}
     (folder / build.REPORT).write_text(json.dumps(report))
     monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: gpu)
     monkeypatch.delenv("RANK", raising=False)
@@ -136,6 +151,53 @@ def test_the_reason_of_the_build_is_kept(folder: Path) -> None:
     assert loader._missing("cpu") == ("no C++ compiler", "do this")
 
 
+@pytest.mark.parametrize(
+    ("why", "gpu", "reason"),
+    [
+        (("no CUTLASS headers", "do this"), (9, 0), "no CUTLASS headers"),
+        (("", ""), None, "compiled, but torch sees no CUDA device"),
+        (("", ""), (10, 0), "for Hopper GPUs (sm_90), but this GPU is sm_100"),
+        (("", ""), (8, 9), "for Hopper GPUs (sm_90), but this GPU is sm_89"),
+        (("", ""), (9, 0), ""),
+    ],
+)
+def test_where_the_fused_kernels_run(
+    why: tuple[str, str],
+    gpu: tuple[int, int] | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader, "_load", lambda: {"fused": why})
+    monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(loader.torch.cuda, "get_device_capability", lambda: gpu)
+    assert loader.fused_missing() == (reason, why[1])
+
+
+def test_the_library_that_defines_the_ops_comes_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"cpu": ("not built", loader.REBUILD)}
+    monkeypatch.setattr(loader, "_missing", lambda library: found.get(library, ("", "")))
+    missing = loader._load.__wrapped__()
+    assert missing["cuda"] == missing["fused"]
+    assert missing["fused"][0] == "the CPU library, which defines the ops, is missing"
+
+
+def test_an_op_without_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of device type "cuda" and in the library "fused"; elsewhere it says why not."""
+    monkeypatch.setitem(loader._NATIVE, "fused", ("permute_fused",))
+    monkeypatch.setattr(loader, "_CHOSEN", {})
+    absence = {"fused": ("no nvcc", "find it"), "cpu": ("", "")}
+    monkeypatch.setattr(loader, "_absence", absence.__getitem__)
+    with pytest.raises(RuntimeError, match=r"permute_fused cannot .* no nvcc \(.*: find it\)$"):
+        loader.kernel("permute_fused", "cuda")
+    with pytest.raises(RuntimeError, match=r"permute_fused cannot run on cpu, .*: not compiled$"):
+        loader.kernel("permute_fused", "cpu")
+    absence["fused"] = ("", "")
+    with pytest.raises(AttributeError, match="permute_fused"):  # torch is asked, and has none
+        loader.kernel("permute_fused", "cuda")
+
+
 def test_twins_only_inside_the_block() -> None:
     before = loader.kernel("permute", "cpu")
     with loader.twins_only():
@@ -146,7 +208,7 @@ def test_twins_only_inside_the_block() -> None:
 
 def test_status_names_every_op_on_both_devices() -> None:
     rows = ("permute", "unpermute", "unpermute_backward", "invert")
-    ops = (*rows, "swiglu", "swiglu_backward")
+    ops = (*rows, "sort_by_expert", "gate", "gate_backward", "swiglu", "swiglu_backward")
     assert [(r.device, r.op) for r in loader.status()] == [
         (device, op) for device in ("cpu", "cuda") for op in ops
     ]
