@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from coterie.comm.exchange.config import ExchangeConfig
+from coterie.comm.exchange.fused.windows import check_usable, symmetric_memory
+from coterie.csrc.fused import FLAG_BYTES
 from coterie.data import DataConfig, TokenDataset, open_dataset, prepare
 from coterie.launch.config import RunConfig
 from coterie.parallel.distributed import Ranks, agreed, on_nodes, start
@@ -14,9 +17,21 @@ from coterie.parallel.rules import blocks_of_stages, layout_of
 def join(config: RunConfig, world: int) -> Ranks:
     """Check that ``world`` processes can run ``config``, and join them. UserError when not."""
     moe = config.model.moe
-    by_nodes = moe is not None and moe.exchange.route == "nodes"
+    exchange = ExchangeConfig() if moe is None else moe.exchange
+    by_nodes = exchange.route == "nodes" or exchange.kind == "fused"
     parallel = on_nodes(config.parallel) if by_nodes else config.parallel
-    return start(layout_of(parallel, world, config.model), config.train.timeout)
+    ranks = start(layout_of(parallel, world, config.model), config.train.timeout)
+    _check_fused(exchange, ranks)
+    return ranks
+
+
+def _check_fused(exchange: ExchangeConfig, ranks: Ranks) -> None:
+    """Raises UserError on all ranks where one cannot run fused kernels, or does not reach others'
+    memory."""
+    group = exchange.fused_over(ranks.axes)
+    if group is not None:
+        agreed(ranks, check_usable)
+        agreed(ranks, lambda: symmetric_memory(group, FLAG_BYTES, ranks.device))
 
 
 def cache() -> Path:

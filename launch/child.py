@@ -37,13 +37,21 @@ def attach() -> None:
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code for ``error`` (2: the user's mistake, else 1) and what to print of it.
 
-    A sentence where the error is one; a traceback for what nobody expected.
+    A sentence where the error is one, or where a kernel has left one; a traceback for what nobody
+    expected.
     """
     if isinstance(error, UserError):
         return 2, " ".join(str(error).split())
     if isinstance(error, RunError):
         return 1, " ".join(str(error).split())
-    return 1, "".join(traceback.format_exception(error))
+    return 1, _complaint() or "".join(traceback.format_exception(error))
+
+
+def _complaint() -> str | None:
+    """Of a fused kernel that waited in vain, which ends as any CUDA error does; None: of none."""
+    fused = sys.modules.get("coterie.csrc.fused")  # not imported: that would import torch
+    complaint: str | None = None if fused is None else fused.complaint()
+    return complaint
 
 
 def report(error: BaseException) -> bool:

@@ -37,6 +37,12 @@ class RunConfig(Config):
                 f"optimizer.warmup {self.optimizer.warmup} must be at most train.steps "
                 f"{self.train.steps}; add optimizer.warmup={self.train.steps} or less"
             )
+        moe, precision = self.model.moe, self.train.precision
+        if moe is not None and moe.exchange.kind == "fused" and precision not in ("auto", "bf16"):
+            raise ValueError(
+                f"train.precision is {precision}, but with model.moe.exchange.kind fused bf16 is "
+                "accepted, and auto, which is bf16 on a GPU"
+            )
         if self.model.auxiliary != (self.stage is not None):
             raise ValueError(
                 "model.moe.router.auxiliary or model.mixture_of_depths.auxiliary (routers that "

@@ -28,7 +28,7 @@ _OPTIONAL = {
     "megatron-core": "pip install megatron-core",
     "deepspeed": "pip install deepspeed",
     "transformers": "pip install transformers",
-    "nvidia-cutlass": "pip install nvidia-cutlass",
+    "nvidia-cutlass": "pip install --no-deps nvidia-cutlass",
     "py-spy": "pip install py-spy",
 }
 _BIG_DISK, _BIG_SHM = 10e9, 1e9
@@ -201,7 +201,7 @@ def _cpu_flags() -> set[str]:
 def _native_ops() -> Iterator[Finding]:
     import warnings
 
-    from coterie.csrc.loader import status
+    from coterie.csrc.loader import fused_missing, status
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say stands in the table
@@ -216,6 +216,11 @@ def _native_ops() -> Iterator[Finding]:
             names, fix = ", ".join(record.op for record in lacking), lacking[0].fix
             state: State = "gap" if fix else "ok"
             yield Finding(f"ops on {device}", state, f"plain PyTorch: {names} ({reason})", fix)
+    reason, fix = fused_missing()
+    if reason:
+        yield Finding("fused kernels", "gap", f"not used: {reason}", fix)
+    else:
+        yield Finding("fused kernels", "ok", "loaded")
 
 
 def _nvcc() -> Finding:

@@ -31,7 +31,11 @@ def tuned(config: RunConfig, ranks: Ranks, say: Callable[[str], None]) -> RunCon
     """``config`` with an exchange that leaves nothing open; ``say`` tells the user how it was
     found. All ranks call."""
     moe = config.model.moe
-    if moe is None or ranks.axes.expert.group is None or not is_open(moe.exchange):
+    if moe is None or ranks.axes.expert.group is None:
+        return config
+    if not is_open(moe.exchange):
+        if moe.exchange.kind == "fused":
+            say(f"exchange: {_in_words(moe.exchange)} (as the config says)")
         return config
     layer = _layer(config, ranks)
     file = cache() / "exchange" / f"{_digest(layer, ranks)}.json"
@@ -134,18 +138,25 @@ def _remember(file: Path, layer: Layer, ranks: Ranks, seconds: list[float]) -> N
 
 
 def _sentence(layer: Layer, seconds: list[float], chosen: ExchangeConfig, how: str) -> str:
-    found = candidates(layer.moe.exchange)
+    found, kind = candidates(layer.moe.exchange), layer.moe.exchange.kind
     plain, best = seconds[0], min(seconds[1:])
     if chosen.kind == "all_to_all":
         return (
-            f"exchange: all_to_all, {1e3 * plain:.3g} ms for both passes of a layer; overlapped at "
+            f"exchange: all_to_all, {1e3 * plain:.3g} ms for both passes of a layer; {kind} at "
             f"best {1e3 * best:.3g} ({how})"
         )
     return (
-        f"exchange: overlapped, {_count(chosen.pieces, 'piece')}, {_count(chosen.slabs, 'slab')}: "
-        f"{1e3 * seconds[found.index(chosen)]:.3g} ms for both passes of a layer; all_to_all "
-        f"{1e3 * plain:.3g} ({how})"
+        f"exchange: {_in_words(chosen)}: {1e3 * seconds[found.index(chosen)]:.3g} ms for both "
+        f"passes of a layer; all_to_all {1e3 * plain:.3g} ({how})"
     )
+
+
+def _in_words(exchange: ExchangeConfig) -> str:
+    slabs = _count(exchange.slabs, "slab")
+    if exchange.kind == "overlapped":
+        return f"overlapped, {_count(exchange.pieces, 'piece')}, {slabs}"
+    moves = "moves" if exchange.communication == 1 else "move"
+    return f"fused, {_count(exchange.communication, 'block')} {moves} rows, {slabs}"
 
 
 def _count(number: int | None, what: str) -> str:

@@ -110,8 +110,8 @@ def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:
     )
     if layout.node is not None and len(set(gather_objects(layout.node, dist.group.WORLD))) > 1:
         raise UserError(
-            "nodes have different numbers of ranks: set parallel.node, or another "
-            "model.moe.exchange.route than nodes"
+            "nodes have different numbers of ranks: set parallel.node, or a model.moe.exchange "
+            "that does not ask for nodes, as route nodes and kind fused do"
         )
     return make_groups(layout, device, limit)
 

@@ -61,7 +61,8 @@ class LayoutConfig(Config):
     of processes."""
     node: int | None = Field(default=None, ge=1)
     """Ranks on each node, which are numbered node by node; null: as the launcher says
-    (LOCAL_WORLD_SIZE). Only `model.moe.exchange.route` `nodes` asks for it."""
+    (LOCAL_WORLD_SIZE). Only `model.moe.exchange` asks for it, with route `nodes` or kind
+    `fused`."""
 
 
 @dataclass(frozen=True)

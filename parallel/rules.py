@@ -5,6 +5,7 @@ from math import lcm
 from typing import get_args
 
 from coterie.core.errors import UserError
+from coterie.csrc import fused
 from coterie.models import DecoderConfig
 from coterie.parallel.layout import Layout, LayoutConfig, Schedule, stage_blocks
 
@@ -72,6 +73,7 @@ def _problems(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterato
     yield from _pipeline(config, model)
     yield from _shared_depth(config, model)
     yield from _nodes(config, world, model)
+    yield from _fused(config, world, model)
 
 
 def _world(config: LayoutConfig, world: int) -> Iterator[str]:
@@ -192,6 +194,38 @@ def _nodes(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[s
         yield (
             f"parallel.node is {config.node}, which spreads the {layout.ep * layout.etp} ranks of "
             "ep × etp unevenly over nodes, but model.moe.exchange.route is nodes"
+        )
+
+
+def _fused(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[str]:
+    if model.moe is None or model.moe.exchange.kind != "fused":
+        return
+    hidden = model.moe.experts.hidden // config.etp
+    if hidden % fused.HIDDEN:
+        yield (
+            f"parallel.etp is {config.etp}, which leaves a rank {hidden} of the experts' hidden "
+            f"width, but model.moe.exchange.kind fused needs multiples of {fused.HIDDEN}"
+        )
+    layout = _layout(config, world)
+    expert_GR = layout.groups("expert")
+    ranks, by_nodes = expert_GR.shape[1], model.moe.exchange.route == "nodes"
+    node_GR = expert_GR // (config.node or world)
+    if not by_nodes and (node_GR != node_GR[:, :1]).any():
+        yield (
+            f"parallel.node is {config.node}, which spreads the {ranks} ranks of ep × etp over "
+            "nodes, but model.moe.exchange.kind is fused: accepted are ranks of one node, and "
+            "model.moe.exchange.route nodes"
+        )
+    together = layout.expert_node if by_nodes else ranks
+    if together == 1 < ranks:
+        yield (
+            f"parallel: each node has one of the {ranks} ranks of ep × etp, so that "
+            "model.moe.exchange.kind fused has none to connect: accepted is another kind"
+        )
+    if together > fused.MOST_RANKS:
+        yield (
+            f"parallel: {together} ranks of ep × etp exchange rows with each other, but "
+            f"model.moe.exchange.kind fused is for up to {fused.MOST_RANKS}"
         )
 
 

@@ -1,7 +1,9 @@
-"""How an overlapped exchange is cut, by measurement: a short sweep over one layer's experts.
+"""How an overlapped or fused exchange is cut, by measurement: a short sweep over one layer's
+experts.
 
 Every rank runs forward and backward passes of an expert layer of the run's size, with random
-tokens, in pieces and slabs of several numbers, in turns; what counts is the slowest rank's time.
+tokens, in pieces and slabs of several numbers (or with blocks that move rows, and slabs), in turns;
+what counts is the slowest rank's time.
 The winner, which may have been lucky, then meets the plain exchange, one all-to-all there and one
 back, and stays only if it is faster by more than noise: both passes together are not to be slower
 for it.
@@ -31,6 +33,8 @@ from coterie.parallel.precision import autocast, parameter_dtype
 
 PIECES, SLABS, MOST = (1, 2, 4, 8), (1, 2, 4), 8
 """What is tried where the config leaves it open; up to ``MOST`` messages for each pair of ranks."""
+COMMUNICATION, FUSED_SLABS = (8, 16, 24, 32), (1, 2, 4, 8)
+"""What is tried of a fused one."""
 
 _GAIN = 0.95  # of the plain exchange's time: less is no noise
 _HEATS = ((2, 1.3), (3, 1.1), (4, 1.0))
@@ -53,19 +57,31 @@ class Layer:
 
 def is_open(exchange: ExchangeConfig) -> bool:
     """Whether something is left to measure."""
-    return exchange.kind == "overlapped" and None in (exchange.pieces, exchange.slabs)
+    first = {"overlapped": exchange.pieces, "fused": exchange.communication}
+    return exchange.kind in first and None in (first[exchange.kind], exchange.slabs)
 
 
 def candidates(exchange: ExchangeConfig) -> list[ExchangeConfig]:
     """What is measured: first the plain exchange, then every way to cut that ``exchange`` leaves
     open."""
+    ways = _fused(exchange) if exchange.kind == "fused" else _overlapped(exchange)
+    plain = exchange.model_copy(update={"kind": "all_to_all", "communication": None})
+    return [plain, *(exchange.model_copy(update=way) for way in ways)]
+
+
+def _overlapped(exchange: ExchangeConfig) -> list[dict[str, int]]:
     pieces = PIECES if exchange.pieces is None else (exchange.pieces,)
     slabs = SLABS if exchange.slabs is None else (exchange.slabs,)
     # what the config fixes is tried with the least of the other, however many messages that makes
     least = min(pieces) * min(slabs)
-    cuts = [(p, s) for p in pieces for s in slabs if p * s <= max(MOST, least)]
-    plain = exchange.model_copy(update={"kind": "all_to_all"})
-    return [plain, *(exchange.model_copy(update={"pieces": p, "slabs": s}) for p, s in cuts)]
+    most = max(MOST, least)
+    return [{"pieces": p, "slabs": s} for p in pieces for s in slabs if p * s <= most]
+
+
+def _fused(exchange: ExchangeConfig) -> list[dict[str, int]]:
+    blocks = COMMUNICATION if exchange.communication is None else (exchange.communication,)
+    slabs = FUSED_SLABS if exchange.slabs is None else (exchange.slabs,)
+    return [{"communication": b, "slabs": s} for b in blocks for s in slabs]
 
 
 def measure(layer: Layer, ranks: Ranks) -> list[float]:
@@ -115,19 +131,7 @@ def _trials(layer: Layer, ranks: Ranks) -> Callable[[int], float]:
     with torch.no_grad():
         for weight in experts.parameters():
             weight.normal_(std=layer.width**-0.5, generator=random)
-    found = candidates(moe.exchange)
-    # one exchange for all that differ in their cuts alone: each has a thread
-    exchanges = [candidate.over(axes, moe.max_rows_factor) for candidate in found[:2]]
-
-    def exchange(candidate: int) -> Exchange:
-        if candidate == 0:
-            return exchanges[0]
-        overlapped = exchanges[1]
-        assert isinstance(overlapped, OverlappedExchange)
-        pieces, slabs = found[candidate].pieces, found[candidate].slabs
-        assert pieces is not None and slabs is not None
-        overlapped.pieces, overlapped.slabs = pieces, slabs
-        return overlapped
+    exchange = _exchanges(layer, ranks)
 
     def run(candidate: int) -> float:
         shape = (layer.tokens, layer.width)
@@ -153,6 +157,27 @@ def _trials(layer: Layer, ranks: Ranks) -> Callable[[int], float]:
         return seconds
 
     return run
+
+
+def _exchanges(layer: Layer, ranks: Ranks) -> Callable[[int], Exchange]:
+    """That of each candidate."""
+    found = candidates(layer.moe.exchange)
+    factor = layer.moe.max_rows_factor
+    if layer.moe.exchange.kind == "fused":
+        return [candidate.over(ranks.axes, factor) for candidate in found].__getitem__
+    # one exchange for all that differ in their cuts alone: each has a thread
+    plain, overlapped = (candidate.over(ranks.axes, factor) for candidate in found[:2])
+    assert isinstance(overlapped, OverlappedExchange)
+
+    def cut(candidate: int) -> Exchange:
+        if candidate == 0:
+            return plain
+        pieces, slabs = found[candidate].pieces, found[candidate].slabs
+        assert pieces is not None and slabs is not None
+        overlapped.pieces, overlapped.slabs = pieces, slabs
+        return overlapped
+
+    return cut
 
 
 def _random_rows(

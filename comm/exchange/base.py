@@ -87,6 +87,10 @@ class SplitExperts(ExpertFunction, Protocol):
     """The local experts, in one call or piece by piece."""
 
     @property
+    def activation(self) -> str:
+        """Of their hidden activations, by name."""
+
+    @property
     def keeps(self) -> bool:
         """Whether first products are kept for the backward pass."""
 

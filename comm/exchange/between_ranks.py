@@ -37,6 +37,10 @@ class Trip(NamedTuple):
     """int64: rows that come from each rank for each local expert."""
     load_RL: Tensor
     """int64: rows that go to each rank for each of its experts."""
+    begin_S: list[int]
+    """Where what comes from each rank begins in what that rank sends."""
+    most: int
+    """Of what any rank sends; equal on all ranks."""
     visit_A: Tensor | None = None
     """int64: of the rows to compute, by (source rank, local expert), which of that rank's tokens
     each is; None: rows travel."""
@@ -165,7 +169,9 @@ class ExchangeBetweenRanks(ABC):
 
     def _trip(self, sent_SR: list[list[int]], load_SL: Tensor, load_RL: Tensor) -> Trip:
         received_R = [sent_R[self.rank] for sent_R in sent_SR]
-        return Trip(sent_SR[self.rank], received_R, load_SL, load_RL)
+        begin_S = [sum(sent_R[: self.rank]) for sent_R in sent_SR]
+        most = max(map(sum, sent_SR))
+        return Trip(sent_SR[self.rank], received_R, load_SL, load_RL, begin_S, most)
 
     def _of_tokens(
         self, rows: Trip, token_A: Tensor, weight_A: Tensor, tokens: int

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from coterie.comm.exchange.base import Exchange, SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
+from coterie.comm.exchange.fused.exchange import FusedExchange
 from coterie.comm.exchange.mail import Mail, Message, mail_for
 from coterie.comm.exchange.pieces import Piece, Pieces, jobs, rows_of_pieces
 from coterie.comm.exchange.work import LocalWork, OnwardWork, Work
@@ -35,6 +36,9 @@ class OverlappedExchange(ExchangeBetweenRanks):
     ``pieces``: of what travels between any two ranks. ``slabs``: runs of columns that the results
     of a piece are computed and sent in. ``ahead``: how many messages a rank asks for before they
     are there (not on NCCL).
+
+    Raises:
+        ValueError: ``onward`` is fused, which leaves no gradients of weights for later.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class OverlappedExchange(ExchangeBetweenRanks):
         slabs: int = 1,
         ahead: int = 2,
     ) -> None:
+        if isinstance(onward, FusedExchange):
+            raise ValueError("a fused exchange goes onward from AllToAllExchange alone")
         super().__init__(group, max_rows_factor, deduplicate, onward)
         self.pieces, self.slabs, self.ahead = pieces, slabs, ahead
         self.mail: Mail | None = None

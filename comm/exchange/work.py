@@ -234,6 +234,10 @@ class _WeightsLater:
         self.experts, self._passes, self.later = experts, passes, later
 
     @property
+    def activation(self) -> str:
+        return self.experts.activation
+
+    @property
     def keeps(self) -> bool:
         return self.experts.keeps
 

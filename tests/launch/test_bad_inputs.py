@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SHOW = ["config", "show", "bad.yaml"]
 TRAIN = ["train", "good.yaml", "--nproc"]
+FUSED = ["model.width=64", "model.moe.experts.hidden=128", "model.moe.exchange.kind=fused"]
 
 # what bad.yaml holds; what the sentence must contain
 FILES: dict[str, tuple[str | bytes, list[str]]] = {
@@ -127,6 +128,31 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "kv_heads do not divide": (["model.attention.kv_heads=3"], ["model.attention", "kv_heads 3"]),
     "more chosen than there are": (["model.moe.router.k=5"], ["model.moe", "k 5 exceeds the 4"]),
+    "fused pieces": (
+        [*FUSED, "model.moe.exchange.pieces=2"],
+        ["model.moe.exchange", "pieces is for kind overlapped", "communication and slabs"],
+    ),
+    "many fused slabs": (
+        [*FUSED, "model.moe.exchange.slabs=17"],
+        ["model.moe.exchange", "slabs is 17", "up to 16"],
+    ),
+    "blocks that move no rows": (
+        ["model.moe.exchange.communication=8"],
+        ["model.moe.exchange", "communication is for kind fused", "kind is all_to_all"],
+    ),
+    "fused gelu": (
+        [*FUSED, "model.moe.experts.activation=gelu"],
+        ["model.moe", "experts.activation is gelu", "swiglu is accepted"],
+    ),
+    "fused and thin": (
+        [*FUSED, "model.moe.experts.hidden=64"],
+        ["model.moe", "experts.hidden is 64", "multiples of 128"],
+    ),
+    "fused and narrow": ([*FUSED, "model.width=96"], ["model", "width is 96", "multiples of 64"]),
+    "fused in fp32": (
+        [*FUSED, "train.precision=fp32"],
+        ["train.precision is fp32", "bf16 is accepted"],
+    ),
     "groups do not divide": (["model.moe.router.groups=3"], ["model.moe", "3 groups"]),
     "a layer too many": (["model.dense_layers=[2]"], ["dense_layers", "0 to 1"]),
     "dense without width": (["model.dense_layers=[0]"], ["feed_forward is needed"]),
@@ -440,12 +466,16 @@ def test_a_misspelt_compulsory_key_is_one_mistake(
         (["train", "good.yaml", "train.stesp=3"], ["'train.steps'"]),
         (["train", "good.yaml", "--nproc", "2", "train.global_batch=3"], ["2 data-parallel ranks"]),
         (["train", "goood.yaml"], ["'good.yaml'"]),
+        (
+            ["train", "good.yaml", "--nproc", "2", "parallel.ep=2", *FUSED],
+            ["model.moe.exchange.kind is fused, but rank 0 cannot run the fused kernels ("],
+        ),
     ],
 )
 def test_through_a_real_process(place: Path, arguments: list[str], needles: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "coterie.launch", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COTERIE_NATIVE": "0"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -141,7 +141,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     topics = {finding["topic"] for finding in found}
-    assert {"Python", "torch", "gloo", "nccl", "CPU", "ops on cpu", "apex", "disk"} <= topics
+    native = {"ops on cpu", "ops on cuda", "fused kernels"}
+    assert {"Python", "torch", "gloo", "nccl", "CPU", *native, "apex", "disk"} <= topics
     assert {finding["state"] for finding in found} <= {"ok", "gap"}
 
     monkeypatch.setattr(doctor, "_COMPULSORY", ("numpy", "no-such-package"))

@@ -13,7 +13,7 @@ import yaml
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.launch.tuning import remembered
 from coterie.parallel import tuning
-from coterie.parallel.tuning import candidates, choose
+from coterie.parallel.tuning import candidates, choose, is_open
 from tests.launch.kill_resume import command, environment
 
 OPEN = ExchangeConfig(kind="overlapped")
@@ -29,6 +29,20 @@ def test_what_is_left_open_is_tried() -> None:
     assert [(cut.pieces, cut.slabs) for cut in cuts] == [(3, 1), (3, 2)]
     _, *cuts = candidates(ExchangeConfig(kind="overlapped", slabs=16))
     assert [(cut.pieces, cut.slabs) for cut in cuts] == [(1, 16)]
+
+
+def test_what_is_left_open_of_a_fused_one() -> None:
+    plain, *ways = candidates(ExchangeConfig(kind="fused"))
+    assert plain.kind == "all_to_all"
+    assert {(way.communication, way.slabs) for way in ways} == {
+        (blocks, slabs) for blocks in (8, 16, 24, 32) for slabs in (1, 2, 4, 8)
+    }
+    plain, *ways = candidates(ExchangeConfig(kind="fused", communication=5))
+    assert [(way.communication, way.slabs) for way in ways] == [(5, 1), (5, 2), (5, 4), (5, 8)]
+    # a resumed run reads from its config what was chosen
+    for one in (plain, *ways):
+        assert ExchangeConfig.model_validate(one.model_dump()) == one
+    assert not is_open(ExchangeConfig(kind="fused", communication=5, slabs=3))
 
 
 @pytest.mark.parametrize(("fastest", "chosen"), [(0.5, True), (0.94, True), (0.96, False)])

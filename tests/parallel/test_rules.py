@@ -36,6 +36,14 @@ def model(**settings: Any) -> DecoderConfig:
 
 DENSE: dict[str, Any] = {"moe": None, "dense_layers": []}
 MOE: dict[str, Any] = {"experts": {"count": 12, "hidden": 18}, "router": {"k": 2}}
+FUSED: dict[str, Any] = {
+    "width": 64,
+    "moe": {
+        "experts": {"count": 12, "hidden": 256},
+        "router": {"k": 2},
+        "exchange": {"kind": "fused"},
+    },
+}
 
 # axes, what is not as in `model`, what the sentence says, what it advises
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -51,6 +59,25 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {"moe": {**MOE, "exchange": {"route": "nodes"}}},
         "node is 8, which spreads the 12 ranks of ep × etp unevenly over nodes",
         "ep 1 or 2 or 4",
+    ),
+    "fused across nodes": (
+        {"ep": 4, "node": 2},
+        FUSED,
+        "node is 2, which spreads the 4 ranks of ep × etp over nodes, but "
+        "model.moe.exchange.kind is fused",
+        "ep 1 or 2",
+    ),
+    "fused inside nodes of one": (
+        {"ep": 2, "node": 1},
+        {**FUSED, "moe": {**FUSED["moe"], "exchange": {"kind": "fused", "route": "nodes"}}},
+        "each node has one of the 2 ranks of ep × etp",
+        "ep 1",
+    ),
+    "fused and thin": (
+        {"etp": 4},
+        FUSED,
+        "etp is 4, which leaves a rank 64 of the experts' hidden width, .* multiples of 128",
+        "etp 1 or 2",
     ),
     "heads": ({"tp": 3}, {}, "tp is 3, but model.attention.heads 8 does", "tp 1 or 2 or 4"),
     "kv_heads": (
@@ -215,6 +242,15 @@ def test_what_is_advised_fits(case: str) -> None:
         layout_of(config.model_copy(update={name: fixed}), WORLD, model(**settings))
         tried += 1
     assert tried == len(choices) > 0
+
+
+def test_a_domain_has_up_to_64_ranks() -> None:
+    moe = {**FUSED["moe"], "experts": {"count": 128, "hidden": 256}}
+    text = said({"ep": 128}, {**FUSED, "moe": moe}, world=128)
+    assert "128 ranks of ep × etp" in text and "up to 64" in text
+    layout_of(LayoutConfig(ep=64), 128, model(**{**FUSED, "moe": moe}))
+    inside = {**moe, "exchange": {"kind": "fused", "route": "nodes"}}
+    layout_of(LayoutConfig(ep=128, node=8), 128, model(**{**FUSED, "moe": inside}))
 
 
 def test_where_no_one_key_helps_the_number_of_processes_does() -> None:
