@@ -211,10 +211,15 @@ def test_everything_but_the_device_works(tmp_path: Path) -> None:
 def test_steps_and_results_are_asked_for_in_words(tmp_path: Path) -> None:
     for arguments, words in (
         (["--device", "cpu"], "name a folder with --results"),
+        ([], "has no torch that sees a GPU"),
         (["--results", str(tmp_path), "--steps", "linc"], "no step linc; there are build, machine"),
     ):
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, str(PROGRAM), *arguments],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 2 and words in done.stderr
 

@@ -1,0 +1,68 @@
+"""The fused kernels on a GPU: their errors against fp64, and equal bits every time."""
+
+import math
+
+import pytest
+import torch
+
+from coterie.csrc.fused import Manner
+from tests.gpu.conftest import ON_HOST
+from tests.gpu.virtual_layer import Fused, Layer, errors, reference
+
+LAYERS = [
+    Layer(R=1, E=8, K=1, T=333, D=64, F=128),
+    Layer(R=1, E=128, K=8, T=517, D=512, F=384),
+    Layer(R=2, E=8, K=2, T=1001, D=1024, F=1792),
+    Layer(R=2, E=64, K=6, T=260, D=320, F=640, choice="hot"),
+    Layer(R=4, E=16, K=4, T=129, D=192, F=128, choice="half"),
+    Layer(R=4, E=64, K=4, T=777, D=2048, F=1408),
+    Layer(R=8, E=8, K=2, T=511, D=576, F=896, choice="hot"),
+    Layer(R=8, E=128, K=8, T=255, D=2048, F=768),
+    Layer(R=8, E=32, K=3, T=1, D=64, F=128),
+    Layer(R=8, E=64, K=8, T=67, D=448, F=256, choice="half"),
+]
+TOYS = [
+    Layer(R=1, E=2, K=1, T=5, D=64, F=128),
+    Layer(R=2, E=4, K=2, T=9, D=64, F=128, choice="half"),
+]
+MANNERS = [Manner(), Manner(communication=2, slabs=1), Manner(communication=40, slabs=8)]
+
+
+def named(layer: Layer) -> str:
+    return f"{layer.R} ranks, {layer.E} experts, k {layer.K}, {layer.T}x{layer.D}x{layer.F}"
+
+
+@pytest.mark.parametrize("layer", TOYS if ON_HOST else LAYERS, ids=named)
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed again"])
+def test_no_more_than_twice_the_error_of_pytorchs_ops(
+    layer: Layer, keep: bool, device: torch.device
+) -> None:
+    given = layer.inputs(device)
+    truth = reference(given, torch.float64)
+    plain = errors(reference(given, torch.bfloat16), truth)
+    ours = errors(Fused(given).run(Manner(), keep), truth)
+    print(named(layer), {name: (ours[name], plain[name]) for name in truth})
+    for name in truth:
+        for own, theirs in zip(ours[name], plain[name], strict=True):
+            assert math.isfinite(own) and own <= 2 * theirs + 2**-12, (name, ours, plain)
+
+
+@pytest.mark.parametrize("layer", (TOYS if ON_HOST else LAYERS)[-2:], ids=named)
+def test_the_manner_changes_no_bit(layer: Layer, device: torch.device) -> None:
+    fused = Fused(layer.inputs(device))
+    first = fused.run(MANNERS[0])
+    for manner in MANNERS[1:]:
+        for name, found in fused.run(manner).items():
+            assert torch.equal(found, first[name]), (name, manner)
+
+
+def test_a_thousand_times_the_same_bits(device: torch.device) -> None:
+    layer = TOYS[-1] if ON_HOST else Layer(R=4, E=16, K=4, T=150, D=256, F=256)
+    fused = Fused(layer.inputs(device))
+    first = fused.run(MANNERS[0])
+    unequal = torch.zeros((), dtype=torch.int64, device=device)
+    for turn in range(3 if ON_HOST else 1000):
+        again = fused.run(MANNERS[turn % len(MANNERS)])
+        for name, found in again.items():
+            unequal += (found.view(torch.uint8) != first[name].view(torch.uint8)).sum()
+    assert not unequal.item()
