@@ -27,7 +27,7 @@ from coterie.csrc.fused_plan import Plan
 
 WIDTH, HIDDEN = 64, 128
 """What the width and the hidden width must be multiples of."""
-MOST_RANKS, MOST_SLABS, MOST_HERE = 64, 16, 8
+MOST_RANKS, MOST_SLABS = 64, 16
 FLAG_BYTES = 1024
 """At the start of a window; all 0 before its first use."""
 _READY = 16  # counters before those of tiles or slabs
