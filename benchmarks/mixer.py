@@ -187,7 +187,7 @@ def layouts() -> list[dict[str, Any]]:
 
 def _contexts(run_dir: Path) -> torch.Tensor:
     from coterie.launch.dynamics_config import load_dynamics_config
-    from coterie.launch.training import CHECKPOINTS
+    from coterie.launch.run_checkpoints import CHECKPOINTS
     from coterie.parallel.checkpoint import latest
 
     run = DynamicsRun.build(load_dynamics_config(run_dir / "dynamics.yaml"))

@@ -69,7 +69,6 @@ def twin(op: str) -> Callable[..., Any]:
     return _TWINS[op]
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs the choice, and does not trace it
 def _choose(op: str, device: str) -> Callable[..., Any]:
     library = "fused" if op in _NATIVE["fused"] and device == "cuda" else device
     reason, fix = _absence(library) if op in _NATIVE.get(library, ()) else ("not compiled", "")
@@ -77,7 +76,8 @@ def _choose(op: str, device: str) -> Callable[..., Any]:
         told = f"op {op} cannot run on {device}, and has no plain PyTorch twin: {reason}"
         raise RuntimeError(f"{told} (to change that: {fix})" if fix else told)
     chosen = _TWINS[op] if reason else getattr(torch.ops.coterie, op).default
-    _CHOSEN[op, device] = chosen
+    if not torch.compiler.is_compiling():  # torch.compile cannot change what is outside
+        _CHOSEN[op, device] = chosen
     return chosen
 
 
@@ -127,6 +127,11 @@ def _absence(library: str) -> tuple[str, str]:
         other = f"for Hopper GPUs (sm_90), but this GPU is sm_{here}"
         return ("", "") if capability == _HOPPER else (other, "")
     return _gpu_mismatch(build.read_report(_HERE)["cuda"]["archs"], capability)
+
+
+# torch.compile runs it, and does not trace it. torch.compiler.assume_constant_result says so by this
+# name too, but imports torch._dynamo, which takes as long as importing torch does
+_absence.__dict__["_dynamo_marked_constant"] = True
 
 
 def _gpu_mismatch(archs: list[str], capability: tuple[int, int]) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from coterie.launch.training import CHECKPOINTS
+from coterie.launch.run_checkpoints import CHECKPOINTS
 from coterie.parallel.certificate import Certificate, hash_of_tensors
 from coterie.parallel.checkpoint import list_checkpoints, read_manifest
 from coterie.parallel.checkpoint_format import Manifest, step_of

@@ -137,7 +137,7 @@ def reshard(
 def find(path: Path, step: int | None) -> Path:
     """The checkpoint that a CHECKPOINT argument and --step mean; UserError when there is none."""
     from coterie.core.errors import UserError
-    from coterie.launch.training import CHECKPOINTS, choose_checkpoint
+    from coterie.launch.run_checkpoints import CHECKPOINTS, choose_checkpoint
     from coterie.parallel.checkpoint_format import is_named_checkpoint, step_of
 
     if is_named_checkpoint(path):

@@ -7,10 +7,15 @@ from pydantic import Field, model_validator
 from coterie.core.config import Config
 from coterie.data import DataConfig
 from coterie.models import DecoderConfig
-from coterie.parallel.checkpoint import CheckpointConfig
-from coterie.parallel.config import EvaluationConfig, MonitorConfig, StageConfig, TrainConfig
+from coterie.parallel.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+)
 from coterie.parallel.layout import LayoutConfig
-from coterie.parallel.optimizer import OptimizerConfig
 
 
 class RunConfig(Config):

@@ -10,7 +10,7 @@ from coterie.core.errors import UserError
 from coterie.data.environments import Environments, generate
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_training import DynamicsRun, by_family
-from coterie.launch.training import choose_checkpoint
+from coterie.launch.run_checkpoints import choose_checkpoint
 from coterie.moe.routers.kmeans import KMeansRouter, routing_accuracy
 
 Result = dict[str, Any]

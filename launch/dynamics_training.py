@@ -18,8 +18,8 @@ from coterie.launch import child
 from coterie.launch.dynamics_config import DynamicsRunConfig
 from coterie.launch.dynamics_report import DynamicsReport, RoundReport
 from coterie.launch.load_config import write_config
+from coterie.launch.run_checkpoints import CHECKPOINTS, choose_checkpoint
 from coterie.launch.run_folder import DYNAMICS_CONFIG
-from coterie.launch.training import CHECKPOINTS, choose_checkpoint
 from coterie.models.dynamics import DynamicsModel
 from coterie.moe.routers.kmeans import routing_accuracy
 from coterie.parallel.checkpoint import CheckpointConfig, Checkpointer, load_tensors, read_state

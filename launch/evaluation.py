@@ -13,7 +13,7 @@ from coterie.launch.assemble import build_model, open_data
 from coterie.launch.causality import require_causal
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
-from coterie.launch.training import CHECKPOINTS, choose_checkpoint
+from coterie.launch.run_checkpoints import CHECKPOINTS, choose_checkpoint
 from coterie.parallel.checkpoint import load_tensors, read_state
 from coterie.parallel.distributed import start, world_from_environment
 from coterie.parallel.evaluate import evaluate as held_out_loss

@@ -13,8 +13,8 @@ from coterie.launch.check import check_world
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, dump_config
 from coterie.launch.placement import boxes_of_rank
+from coterie.launch.run_checkpoints import CHECKPOINTS
 from coterie.launch.run_folder import CONFIG, DYNAMICS_CONFIG, of_kind
-from coterie.launch.training import CHECKPOINTS
 from coterie.parallel.checkpoint import read_state
 from coterie.parallel.checkpoint_format import STATE
 from coterie.parallel.checkpoint_store import sync_folder

@@ -73,15 +73,21 @@ def resume(
     ours = membership_of(nproc)
     from coterie.launch.check import check_data
     from coterie.launch.load_config import load_config
-    from coterie.launch.training import choose_checkpoint, resume
-    from coterie.parallel.checkpoint import read_manifest
+    from coterie.launch.run_checkpoints import choose_checkpoint
+    from coterie.parallel.checkpoint_format import read_manifest
 
     resolved = load_config(saved_config(run_dir), overrides or [])
     checkpoint = choose_checkpoint(run_dir, step)
     before = read_manifest(checkpoint).world_size if checkpoint else default_world(resolved)
     world = _world(resolved, ours, nproc or before)
     check_data(resolved)
-    return run_ranked(lambda: resume(resolved, run_dir, step), ours, world, run_dir)
+
+    def here() -> "Outcome":
+        from coterie.launch.training import resume
+
+        return resume(resolved, run_dir, step)
+
+    return run_ranked(here, ours, world, run_dir)
 
 
 def default_world(config: "RunConfig") -> int:

@@ -7,8 +7,8 @@ from coterie.core.errors import UserError
 from coterie.launch.causality import can_foresee, who_looks_ahead
 from coterie.launch.config import RunConfig
 from coterie.launch.load_config import changed_config, load_config
+from coterie.launch.run_checkpoints import stage_checkpoint
 from coterie.launch.run_folder import saved_config
-from coterie.launch.training import stage_checkpoint
 from coterie.models import DecoderConfig
 from coterie.parallel.checkpoint_format import step_of
 from coterie.parallel.config import StageConfig

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from coterie.comm.objects import from_rank_zero
-from coterie.core.errors import UserError
 from coterie.data import Sampler, TokenDataset
 from coterie.launch import child
 from coterie.launch.assemble import build_model, join, open_data
@@ -17,17 +16,11 @@ from coterie.launch.causality import can_foresee, who_looks_ahead
 from coterie.launch.config import RunConfig
 from coterie.launch.images import image_drawer
 from coterie.launch.load_config import write_config
+from coterie.launch.run_checkpoints import CHECKPOINTS, choose_checkpoint, stage_checkpoint
 from coterie.launch.run_folder import CONFIG
 from coterie.launch.tuning import tuned
 from coterie.models.placement import parameter_counts
-from coterie.parallel.checkpoint import (
-    Checkpointer,
-    latest,
-    list_checkpoints,
-    load_tensors,
-    read_manifest,
-)
-from coterie.parallel.checkpoint_format import step_of
+from coterie.parallel.checkpoint import Checkpointer, load_tensors, read_manifest
 from coterie.parallel.config import StageConfig
 from coterie.parallel.distributed import Ranks, agreed, stop, world_from_environment
 from coterie.parallel.model import ParallelModel
@@ -44,7 +37,6 @@ from coterie.parallel.precision import bf16_slowdown, resolve
 from coterie.parallel.run_state import model_parts
 from coterie.parallel.trainer import DrawImages, Outcome, Trainer
 
-CHECKPOINTS = "checkpoints"
 _SLOW = 4.0  # times slower than fp32: worth a warning
 
 
@@ -150,36 +142,6 @@ def _drawer(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> DrawImage
         evaluation.temperature,
         config.train.seed,
     )
-
-
-def choose_checkpoint(run_dir: Path, step: int | None) -> Path | None:
-    """The checkpoint of ``step`` in ``run_dir``, or the newest (None when there is none).
-
-    Raises:
-        UserError: there is no checkpoint of ``step``; those there are are named.
-    """
-    folder = run_dir / CHECKPOINTS
-    if step is None:
-        return latest(folder)
-    found = list_checkpoints(folder)
-    for path in found:
-        if step_of(path) == step:
-            return path
-    steps = ", ".join(str(step_of(path)) for path in found) or "none"
-    raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}")
-
-
-def stage_checkpoint(stage: StageConfig) -> Path:
-    """Where the weights are that ``stage`` starts from.
-
-    Raises:
-        UserError: the run has no such checkpoint.
-    """
-    run = Path(stage.weights)
-    checkpoint = choose_checkpoint(run, stage.step)
-    if checkpoint is None:
-        raise UserError(f"{run / CHECKPOINTS} holds no checkpoint yet, so no stage can start there")
-    return checkpoint
 
 
 def _start_from(stage: StageConfig, model: ParallelModel) -> None:

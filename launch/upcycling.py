@@ -15,7 +15,7 @@ from coterie.launch.check import check_data, check_world
 from coterie.launch.config import RunConfig
 from coterie.launch.placement import boxes_of_rank
 from coterie.launch.resharding import check_new, new_run, saved_run
-from coterie.launch.training import CHECKPOINTS
+from coterie.launch.run_checkpoints import CHECKPOINTS
 from coterie.models.upcycle import How, origins
 from coterie.parallel.layout import Layout, LayoutConfig
 from coterie.parallel.precision import parameter_dtype

@@ -17,13 +17,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import Field
 from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from coterie.comm.objects import from_rank_zero, gather_objects
-from coterie.core.config import Config
 from coterie.core.errors import UserError, nearest
 from coterie.parallel.checkpoint_file import DTYPES, WrittenFile, tensor_entries
 from coterie.parallel.checkpoint_format import (
@@ -55,6 +53,7 @@ from coterie.parallel.checkpoint_tensors import (
     TensorWriter,
     check_shape,
 )
+from coterie.parallel.config import CheckpointConfig
 from coterie.parallel.part import Part
 
 __all__ = [
@@ -67,17 +66,6 @@ __all__ = [
     "read_state",
     "verify",
 ]
-
-
-class CheckpointConfig(Config):
-    """When checkpoints are written, and how many stay."""
-
-    every: int = Field(default=100, ge=0)
-    """Steps between checkpoints; 0: only after the last step."""
-    keep: int = Field(default=3, ge=1)
-    """Newest complete checkpoints that stay; older ones are deleted."""
-    asynchronous: bool = True
-    """Write in the background. Either way a rank keeps a copy of what it saves in CPU memory."""
 
 
 class Checkpointer:

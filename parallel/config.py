@@ -1,4 +1,4 @@
-"""Settings of the training loop."""
+"""Settings of the training loop and its parts: read before any of them is needed, so apart."""
 
 from typing import Annotated, Literal, Self
 
@@ -6,8 +6,10 @@ from pydantic import Field, model_validator
 
 from coterie.core.config import Config
 from coterie.models.decoder import Recompute
+from coterie.parallel.muon import Scale
 
 Precision = Literal["auto", "fp32", "bf16", "fp64"]
+OptimizerKind = Literal["adamw", "muon"]
 
 
 class TrainConfig(Config):
@@ -55,6 +57,54 @@ class StageConfig(Config):
     """The folder of that run."""
     step: int | None = Field(default=None, ge=0)
     """Its checkpoint, by the step; null: the newest."""
+
+
+class OptimizerConfig(Config):
+    """AdamW or Muon, with linear warm-up and a decay."""
+
+    kind: OptimizerKind = "adamw"
+    """muon: each matrix is updated by its momentum made orthogonal (every expert's by itself); the
+    embedding, the output layer and vectors by AdamW, at the same rate."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate."""
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    """Where the decay ends, after the last step: a fraction of the peak."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls from its peak."""
+    warmup: int = Field(default=50, ge=0)
+    """Steps of linear warm-up from zero."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, on matrices alone: not on norm gains."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Muon's momentum."""
+    nesterov: bool = True
+    """Whether Muon looks ahead by one gradient (Nesterov)."""
+    muon_scale: Scale = "match_adamw"
+    """Muon's factor on the learning rate for an A × B matrix: `match_adamw` 0.2 · √max(A, B), so
+    that AdamW's rate and weight decay serve; `original` √max(1, outputs / inputs)."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest global gradient norm; null: gradients are not clipped."""
+
+    @model_validator(mode="after")
+    def _betas(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must be in [0, 1)")
+        return self
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written, and how many stay."""
+
+    every: int = Field(default=100, ge=0)
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: int = Field(default=3, ge=1)
+    """Newest complete checkpoints that stay; older ones are deleted."""
+    asynchronous: bool = True
+    """Write in the background. Either way a rank keeps a copy of what it saves in CPU memory."""
 
 
 class EvaluationConfig(Config):

@@ -1,55 +1,14 @@
 """AdamW or Muon, and the learning-rate schedule."""
 
 import math
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from coterie.core.config import Config
+from coterie.parallel.config import OptimizerConfig
 from coterie.parallel.model import ParallelModel, local
-from coterie.parallel.muon import Muon, Scale, Settings, takes
-
-OptimizerKind = Literal["adamw", "muon"]
-
-
-class OptimizerConfig(Config):
-    """AdamW or Muon, with linear warm-up and a decay."""
-
-    kind: OptimizerKind = "adamw"
-    """muon: each matrix is updated by its momentum made orthogonal (every expert's by itself); the
-    embedding, the output layer and vectors by AdamW, at the same rate."""
-    lr: float = Field(default=3e-3, gt=0)
-    """Peak learning rate."""
-    final_lr: float = Field(default=0.1, ge=0, le=1)
-    """Where the decay ends, after the last step: a fraction of the peak."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """How the rate falls from its peak."""
-    warmup: int = Field(default=50, ge=0)
-    """Steps of linear warm-up from zero."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay, on matrices alone: not on norm gains."""
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Decay rate of Muon's momentum."""
-    nesterov: bool = True
-    """Whether Muon looks ahead by one gradient (Nesterov)."""
-    muon_scale: Scale = "match_adamw"
-    """Muon's factor on the learning rate for an A × B matrix: `match_adamw` 0.2 · √max(A, B), so
-    that AdamW's rate and weight decay serve; `original` √max(1, outputs / inputs)."""
-    clip: float | None = Field(default=1.0, gt=0)
-    """Largest global gradient norm; null: gradients are not clipped."""
-
-    @model_validator(mode="after")
-    def _betas(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {list(self.betas)} must be in [0, 1)")
-        return self
+from coterie.parallel.muon import Muon, Settings, takes
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

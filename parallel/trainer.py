@@ -15,12 +15,12 @@ from coterie.core.errors import UserError
 from coterie.data import Batch, Sampler, TokenDataset
 from coterie.parallel.certificate import certificate
 from coterie.parallel.checkpoint import Checkpointer, load_tensors, read_state
-from coterie.parallel.config import EvaluationConfig, TrainConfig
+from coterie.parallel.config import EvaluationConfig, OptimizerConfig, TrainConfig
 from coterie.parallel.evaluate import evaluate
 from coterie.parallel.finite import NonFiniteError
 from coterie.parallel.model import ParallelModel
 from coterie.parallel.monitors import Monitor, RunFacts
-from coterie.parallel.optimizer import Optimizer, OptimizerConfig, learning_rate
+from coterie.parallel.optimizer import Optimizer, learning_rate
 from coterie.parallel.part import Part
 from coterie.parallel.precision import resolve
 from coterie.parallel.run_state import model_parts, optimizer_parts

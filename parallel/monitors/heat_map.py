@@ -4,13 +4,16 @@ Drawn with Pillow, in a millisecond or two: all ranks wait while rank 0 reports.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from coterie.parallel.load import LayerLoad
+
+if TYPE_CHECKING:  # slow to import: only where something is drawn
+    from matplotlib.colors import Colormap
 
 Picture = npt.NDArray[np.uint8]
 """(H, W, 3)."""
@@ -60,13 +63,15 @@ def _draw(
     cross_zero: bool = False,
 ) -> Picture:
     """``most`` has the last of the ``colours`` (a colour map of matplotlib's), and so has more."""
+    from matplotlib import colormaps
+
     columns = max(map(len, values.values()))
     wide = min(max(_WIDTH // columns, _WIDE.start), _WIDE.stop - 1)
     right, bottom = _LEFT + columns * wide, _TOP + len(values) * _HIGH
     image = Image.new("RGB", (max(right, 160) + _RIGHT, max(bottom, 90) + _BOTTOM), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_LEFT, 6), title, fill=_INK)
-    colour = matplotlib.colormaps[colours]
+    colour = colormaps[colours]
     for row, (layer, value_E) in enumerate(values.items()):
         y = _TOP + row * _HIGH
         draw.text((_LEFT - 8, y + _HIGH // 2), str(layer), fill=_INK, anchor="rm")
@@ -89,9 +94,7 @@ def _cross(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
         draw.line((x - 3, y - 3 * slope, x + 3, y + 3 * slope), fill="white")
 
 
-def _legend(
-    draw: ImageDraw.ImageDraw, x: int, colour: matplotlib.colors.Colormap, most: float
-) -> None:
+def _legend(draw: ImageDraw.ImageDraw, x: int, colour: "Colormap", most: float) -> None:
     for line in range(64):
         shade = tuple(round(255 * part) for part in colour(1 - line / 63)[:3])
         draw.line((x, _TOP + line, x + 12, _TOP + line), fill=shade)

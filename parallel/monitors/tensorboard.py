@@ -1,16 +1,19 @@
 """TensorBoard: scalars, heat maps of the load, generated images."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.tensorboard import SummaryWriter
 
 from coterie.data import MODALITIES
 from coterie.parallel.load import LayerLoad, LoadWindow
 from coterie.parallel.monitors.base import Monitor, RunFacts, due, exchange_figures
 from coterie.parallel.monitors.heat_map import Picture, dropped_map, heat_map, unrouted_map
 from coterie.parallel.step import StepReport
+
+if TYPE_CHECKING:  # slow to import: only on the rank that writes
+    from torch.utils.tensorboard import SummaryWriter
 
 _ZOOM = 16  # generated images are a few pixels wide
 
@@ -26,6 +29,8 @@ class TensorBoard(Monitor):
         self._since_scalars, self._since_maps = LoadWindow(), LoadWindow()
 
     def start(self, facts: RunFacts) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         # points of a killed run beyond the checkpoint are dropped from view
         folder = str(facts.folder / "tensorboard")
         self._writer = SummaryWriter(folder, purge_step=facts.first_step + 1)

@@ -7,9 +7,8 @@ from math import gcd
 
 from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
-from coterie.parallel.config import TrainConfig
+from coterie.parallel.config import OptimizerKind, TrainConfig
 from coterie.parallel.layout import LayoutConfig, Schedule
-from coterie.parallel.optimizer import OptimizerKind
 from coterie.parallel.planner.machine import Machine
 from coterie.parallel.planner.parameters import unit_sizes, units_of
 from coterie.parallel.planner.plan import Plan

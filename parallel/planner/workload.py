@@ -10,9 +10,8 @@ from coterie.comm.exchange.config import Route
 from coterie.models import DecoderConfig
 from coterie.models.decoder import Recompute
 from coterie.moe.routers.top_k import TopKConfig
-from coterie.parallel.config import TrainConfig
+from coterie.parallel.config import OptimizerKind, TrainConfig
 from coterie.parallel.layout import Layout, LayoutConfig
-from coterie.parallel.optimizer import OptimizerKind
 from coterie.parallel.precision import resolve
 from coterie.parallel.rules import blocks_of_stages, layout_of
 

@@ -13,8 +13,9 @@ from coterie.core.box import Box
 from coterie.core.errors import UserError
 from coterie.launch.config import RunConfig
 from coterie.models import Decoder
+from coterie.parallel.config import OptimizerConfig
 from coterie.parallel.muon import COEFFICIENTS, STEPS, Scale, orthogonalised, rate, takes
-from coterie.parallel.optimizer import Optimizer, OptimizerConfig
+from coterie.parallel.optimizer import Optimizer
 from coterie.parallel.part import Part
 from coterie.parallel.placement import Place
 from coterie.parallel.run_state import model_parts, optimizer_parts

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from coterie.core.box import Box
-from coterie.parallel.optimizer import Optimizer, OptimizerConfig, learning_rate
+from coterie.parallel.config import OptimizerConfig
+from coterie.parallel.optimizer import Optimizer, learning_rate
 from coterie.parallel.placement import Place
 from tests.parallel.tiny import relative_error
 
