@@ -129,8 +129,8 @@ def _absence(library: str) -> tuple[str, str]:
     return _gpu_mismatch(build.read_report(_HERE)["cuda"]["archs"], capability)
 
 
-# torch.compile runs it, and does not trace it. torch.compiler.assume_constant_result says so by this
-# name too, but imports torch._dynamo, which takes as long as importing torch does
+# torch.compile runs it, and does not trace it. torch.compiler.assume_constant_result says so by
+# this name too, but imports torch._dynamo, which takes as long as importing torch does
 _absence.__dict__["_dynamo_marked_constant"] = True
 
 

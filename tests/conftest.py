@@ -1,5 +1,6 @@
 """What every test can count on."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -8,12 +9,21 @@ import pytest
 # A shell that starts tests in the background has them ignore SIGINT, and their children inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Before torch is imported, and for all processes that tests start. A file for each core runs at the
+# same time: of more threads some wait for each other, spinning, many times as long as they compute.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 _OUTSIDE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "COTERIE_PARENT")
+_LONGEST = [
+    *("test_quickstart", "test_certify", "test_fused_on_host", "test_peak", "test_gpu_command"),
+    *("test_block_options", "test_gate", "test_dynamics_command", "test_kill_resume"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes the longest by far goes first, for another process to take all others."""
-    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+    """Files that take the longest go first: at the end no process is left alone with one."""
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +34,12 @@ def on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tiny tensors: on a busy machine more threads wait for each other many times as long as
-    they compute."""
+def threads() -> Iterator[None]:
+    """As many as a process takes by itself, for code of ours that shares its work among them."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    from coterie.launch.processes import cores
+
+    torch.set_num_threads(cores())
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)

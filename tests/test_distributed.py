@@ -34,6 +34,10 @@ def _wait_forever_in_here(rank: int) -> None:
         threading.Event().wait()
 
 
+def _threads(rank: int) -> int:
+    return torch.get_num_threads()
+
+
 def _return_a_lambda(rank: int) -> object:
     return lambda: rank
 
@@ -68,3 +72,7 @@ def test_leaving_the_block_kills_the_ranks() -> None:
     with Ranks(2, _wait_forever_in_here) as ranks:
         pass
     assert [process.exitcode for process in ranks.processes] == [-9, -9]
+
+
+def test_tests_and_their_ranks_compute_with_one_thread() -> None:
+    assert [torch.get_num_threads(), *run_ranks(2, _threads)] == [1, 1, 1]

@@ -17,8 +17,6 @@ from coterie.comm.exchange.plan import (
     tiles,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @st.composite
 def loads(draw: st.DrawFn) -> Tensor:

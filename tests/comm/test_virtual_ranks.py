@@ -21,8 +21,6 @@ from coterie.moe.assignment import Assignment, from_choices
 from tests.comm.orders import Order, explore
 from tests.moe.tiny import error, randn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 D, F = 5, 3
 
 

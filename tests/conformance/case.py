@@ -179,10 +179,7 @@ def plain_run(config: RunConfig) -> list[Result]:
 
 def write_truth(config: RunConfig, file: Path) -> None:
     """Keep the plain run of ``config`` in ``file``."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
     torch.save(plain_run(config), file)
-    torch.set_num_threads(threads)
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from coterie.csrc import Inverse, invert, loader, permute, twins, unpermute
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 OPS = ("permute", "unpermute", "unpermute_backward", "invert")

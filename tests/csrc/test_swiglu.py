@@ -9,6 +9,8 @@ from torch import Tensor
 from coterie.csrc import loader
 from coterie.csrc.swiglu import swiglu, swiglu_backward
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -1,10 +1,8 @@
 """A place to run what the documentation shows."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.docs.commands import make_place
 
@@ -18,14 +16,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with configs and docs in it."""
     for name in _OUTSIDE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COTERIE_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     make_place(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path

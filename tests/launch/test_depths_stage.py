@@ -18,8 +18,6 @@ from tests.launch.stages import (
     write_config,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     "router", [{"kind": "expert_choice"}, {"kind": "modality", "experts": [3, 1]}], ids=str

@@ -25,8 +25,6 @@ from tests.launch.stages import (
     write_config,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

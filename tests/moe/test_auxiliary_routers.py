@@ -32,8 +32,6 @@ from tests.moe.choosing import (
 )
 from tests.moe.tiny import error, randn, randomise, tiny_layer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"score": "sigmoid", "capacity_factor": 2},

@@ -11,8 +11,3 @@ from tests.parallel.tiny import write_data
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only: 40 training and 7 held-out documents."""
     return write_data(tmp_path_factory.mktemp("tiny") / "data")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_ranks_do(one_thread: None) -> None:
-    """One process computes like each of several."""
