@@ -27,6 +27,8 @@ from coterie.csrc.fused_plan import Plan
 
 WIDTH, HIDDEN = 64, 128
 """What the width and the hidden width must be multiples of."""
+TILE_COLUMNS = (256, 128)
+"""Of tiles: there are kernels for each."""
 MOST_RANKS, MOST_SLABS = 64, 16
 FLAG_BYTES = 1024
 """At the start of a window; all 0 before its first use."""
@@ -43,7 +45,8 @@ _FIELDS = (
 
 
 class Manner(NamedTuple):
-    """How a launch is worked off; results do not depend on it."""
+    """How a launch is worked off; results depend on it, by their rounding, in ``tile_columns``
+    alone."""
 
     communication: int = 16
     """Blocks that move rows first, out of one for each multiprocessor; at most half of a rank's."""
@@ -55,6 +58,8 @@ class Manner(NamedTuple):
     """Seconds that a rank waits for another one."""
     pace: int = 0
     """Bytes that cross per microsecond, for an emulated link; 0: as fast as it goes."""
+    tile_columns: int = TILE_COLUMNS[0]
+    """What a block computes of 128 rows at a time: one of ``TILE_COLUMNS``."""
 
 
 class Windows(NamedTuple):
@@ -197,7 +202,7 @@ def dispatch_backward(
     for one, w, h in zip(here, w_out_EFD, h_PH, strict=True):
         _check(one, w, 1)
         pool, hidden, width = one.plan.pool_rows, w.shape[1], w.shape[2]
-        partial_PN = torch.empty(pool, -(-hidden // 256), dtype=torch.float32, device=w.device)
+        partial_PN = _partial(one, w, manner)
         grad = HiddenGradient(
             w.new_empty(pool, width), torch.empty_like(h), w.new_empty(pool, hidden), partial_PN
         )
@@ -306,8 +311,22 @@ def _failure(device: torch.device) -> Tensor:
     return _failures[device]
 
 
+def _across(manner: Manner, width: int) -> int:
+    """Tiles side by side."""
+    return -(-width // _tile_columns(manner))
+
+
+def _tile_columns(manner: Manner) -> int:
+    if manner.tile_columns not in TILE_COLUMNS:
+        raise ValueError(
+            f"fused experts: tiles of {' or '.join(map(str, TILE_COLUMNS))} columns are accepted, "
+            f"not of {manner.tile_columns}"
+        )
+    return manner.tile_columns
+
+
 def _slabs(manner: Manner, width: int) -> int:
-    return max(1, min(manner.slabs, MOST_SLABS, -(-width // 256)))
+    return max(1, min(manner.slabs, MOST_SLABS, _across(manner, width)))
 
 
 def _check(one: Here, weights: Tensor, parts: int) -> None:
@@ -319,6 +338,12 @@ def _check(one: Here, weights: Tensor, parts: int) -> None:
             f"{WIDTH} and a hidden width that is one of {HIDDEN} are accepted, not {weights.dtype} "
             f"weights of {tuple(weights.shape)}"
         )
+
+
+def _partial(one: Here, w_out_EFD: Tensor, manner: Manner) -> Tensor:
+    """Room for what each tile contributes to the gradient of a row's weight."""
+    size = (one.plan.pool_rows, _across(manner, w_out_EFD.shape[1]))
+    return torch.empty(size, dtype=torch.float32, device=w_out_EFD.device)
 
 
 class _Row(NamedTuple):
@@ -388,4 +413,5 @@ def _row(
 def _launch(name: str, tables: list[list[_Row]], manner: Manner, *communication: int) -> None:
     like = tables[0][0].keeps[0]
     words = [torch.tensor([row.words for row in rows], dtype=torch.int64) for rows in tables]
-    getattr(fused_ops.library, name)(*words, like, manner.blocks, *communication)
+    kernel = getattr(fused_ops.library, f"{name}_{_tile_columns(manner)}")
+    kernel(*words, like, manner.blocks, *communication)

@@ -1,7 +1,26 @@
 // What every op takes and returns: for the library `coterie`, and for those that tests make.
 #pragma once
 
+#include <string>
+
 namespace coterie {
+
+// The fused kernels whose tiles have so many columns.
+template <class Library>
+void define_fused(Library& m, const std::string& columns) {
+  const std::string of_rows = "(Tensor table, Tensor like, int blocks, int communication) -> ()";
+  for (const std::string name : {"dispatch", "dispatch_backward", "combine"}) {
+    m.def(("fused_" + name + "_" + columns + of_rows).c_str());
+  }
+  m.def(
+      ("fused_combine_backward_" + columns +
+       "(Tensor table, Tensor table_out, Tensor table_in, Tensor like, int blocks, "
+       "int communication) -> ()")
+          .c_str());
+  m.def(
+      ("fused_weight_gradient_" + columns + "(Tensor table, Tensor like, int blocks) -> ()")
+          .c_str());
+}
 
 template <class Library>
 void define_ops(Library& m) {
@@ -22,13 +41,7 @@ void define_ops(Library& m) {
       "fused_plan(Tensor load, Tensor visit, Tensor begin, Tensor before, Tensor weight, int rank, "
       "int run, Tensor(a!) place, Tensor(b!) global_visit, Tensor(c!) source, Tensor(d!) row, "
       "Tensor(e!) pool_weight, Tensor(f!) tile, Tensor(g!) span) -> ()");
-  m.def("fused_dispatch(Tensor table, Tensor like, int blocks, int communication) -> ()");
-  m.def("fused_dispatch_backward(Tensor table, Tensor like, int blocks, int communication) -> ()");
-  m.def("fused_combine(Tensor table, Tensor like, int blocks, int communication) -> ()");
-  m.def(
-      "fused_combine_backward(Tensor table, Tensor table_out, Tensor table_in, Tensor like, "
-      "int blocks, int communication) -> ()");
-  m.def("fused_weight_gradient(Tensor table, Tensor like, int blocks) -> ()");
+  for (const char* columns : {"128", "256"}) define_fused(m, columns);
 }
 
 }  // namespace coterie

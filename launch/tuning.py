@@ -156,7 +156,8 @@ def _in_words(exchange: ExchangeConfig) -> str:
     if exchange.kind == "overlapped":
         return f"overlapped, {_count(exchange.pieces, 'piece')}, {slabs}"
     moves = "moves" if exchange.communication == 1 else "move"
-    return f"fused, {_count(exchange.communication, 'block')} {moves} rows, {slabs}"
+    blocks = f"{_count(exchange.communication, 'block')} {moves} rows"
+    return f"fused, {blocks}, {slabs}, tiles of {exchange.tile_columns} columns"
 
 
 def _count(number: int | None, what: str) -> str:

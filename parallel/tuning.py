@@ -2,8 +2,8 @@
 experts.
 
 Every rank runs forward and backward passes of an expert layer of the run's size, with random
-tokens, in pieces and slabs of several numbers (or with blocks that move rows, and slabs), in turns;
-what counts is the slowest rank's time.
+tokens, in pieces and slabs of several numbers (or with blocks that move rows, slabs and tiles), in
+turns; what counts is the slowest rank's time.
 The winner, which may have been lucky, then meets the plain exchange, one all-to-all there and one
 back, and stays only if it is faster by more than noise: both passes together are not to be slower
 for it.
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.comm.exchange.overlapped import OverlappedExchange
+from coterie.csrc.fused import TILE_COLUMNS
 from coterie.models.decoder import Recompute
 from coterie.moe.assignment import Assignment, from_choices, sliced
 from coterie.moe.experts import Experts
@@ -34,7 +35,8 @@ from coterie.parallel.precision import autocast, parameter_dtype
 PIECES, SLABS, MOST = (1, 2, 4, 8), (1, 2, 4), 8
 """What is tried where the config leaves it open; up to ``MOST`` messages for each pair of ranks."""
 COMMUNICATION, FUSED_SLABS = (8, 16, 24, 32), (1, 2, 4, 8)
-"""What is tried of a fused one."""
+"""What is tried of a fused one, first all with the first of ``TILE_COLUMNS``; the other tiles only
+with what is left for the last heat."""
 
 _GAIN = 0.95  # of the plain exchange's time: less is no noise
 _HEATS = ((2, 1.3), (3, 1.1), (4, 1.0))
@@ -57,15 +59,19 @@ class Layer:
 
 def is_open(exchange: ExchangeConfig) -> bool:
     """Whether something is left to measure."""
-    first = {"overlapped": exchange.pieces, "fused": exchange.communication}
-    return exchange.kind in first and None in (first[exchange.kind], exchange.slabs)
+    cuts: dict[str, tuple[int | None, ...]] = {
+        "overlapped": (exchange.pieces, exchange.slabs),
+        "fused": (exchange.communication, exchange.slabs, exchange.tile_columns),
+    }
+    return None in cuts.get(exchange.kind, ())
 
 
 def candidates(exchange: ExchangeConfig) -> list[ExchangeConfig]:
     """What is measured: first the plain exchange, then every way to cut that ``exchange`` leaves
     open."""
     ways = _fused(exchange) if exchange.kind == "fused" else _overlapped(exchange)
-    plain = exchange.model_copy(update={"kind": "all_to_all", "communication": None})
+    none = {"communication": None, "tile_columns": None}
+    plain = exchange.model_copy(update={"kind": "all_to_all", **none})
     return [plain, *(exchange.model_copy(update=way) for way in ways)]
 
 
@@ -81,29 +87,46 @@ def _overlapped(exchange: ExchangeConfig) -> list[dict[str, int]]:
 def _fused(exchange: ExchangeConfig) -> list[dict[str, int]]:
     blocks = COMMUNICATION if exchange.communication is None else (exchange.communication,)
     slabs = FUSED_SLABS if exchange.slabs is None else (exchange.slabs,)
-    return [{"communication": b, "slabs": s} for b in blocks for s in slabs]
+    tiles = TILE_COLUMNS if exchange.tile_columns is None else (exchange.tile_columns,)
+    return [
+        {"communication": b, "slabs": s, "tile_columns": t}
+        for t in tiles
+        for b in blocks
+        for s in slabs
+    ]
 
 
 def measure(layer: Layer, ranks: Ranks) -> list[float]:
     """Seconds of both passes by the plain exchange and by the fastest other one of the layer's
     :func:`candidates`; inf for those that were left behind. All ranks call, and get the same."""
-    try_once = _trials(layer, ranks)
+    try_once, ways = _trials(layer, ranks), candidates(layer.moe.exchange)
 
     def run(some: Sequence[int], rounds: int) -> dict[int, list[float]]:
         turns = [{n: _slowest(try_once(n), ranks) for n in some} for _ in range(rounds)]
         return {n: [turn[n] for turn in turns] for n in some}
 
-    near: Sequence[int] = range(1, len(candidates(layer.moe.exchange)))
+    tiles = ways[1].tile_columns
+    near = [n for n, way in enumerate(ways) if n and way.tile_columns == tiles]
     run(near, 1)  # the first time memory is new
-    found: dict[int, list[float]] = {n: [] for n in near}
-    for rounds, close in _HEATS:
+    found: dict[int, list[float]] = {n: [] for n in range(1, len(ways))}
+    for heat, (rounds, close) in enumerate(_HEATS, 1):
+        if heat == len(_HEATS):
+            others = _in_other_tiles(ways, near)
+            run(others, 1)
+            near += others
         for candidate, times in run(near, rounds).items():
             found[candidate] += times
         fastest = min(median(found[n]) for n in near)
         near = [n for n in near if median(found[n]) <= close * fastest]
     run((0,), 1)
     last = {n: median(times) for n, times in run((0, near[0]), _DUEL).items()}
-    return [last.get(n, math.inf) for n in range(len(found) + 1)]
+    return [last.get(n, math.inf) for n in range(len(ways))]
+
+
+def _in_other_tiles(ways: list[ExchangeConfig], near: Sequence[int]) -> list[int]:
+    """Those that differ from one of ``near`` in their tiles alone."""
+    cuts = [way.model_copy(update={"tile_columns": None}) for way in ways]
+    return [n for n, cut in enumerate(cuts) if n not in near and cut in [cuts[m] for m in near]]
 
 
 def choose(exchange: ExchangeConfig, seconds: list[float]) -> ExchangeConfig:

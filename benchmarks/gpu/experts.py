@@ -1,6 +1,7 @@
 """The experts of one rank, computed in several ways, on rows that are there: what nobody waits for.
 
-Each way has the same six products. ``shell``: the fused kernels without their communication.
+Each way has the same six products. ``shell``: the fused kernels without their communication, in
+tiles of so many columns.
 ``grouped``: PyTorch's grouped product. ``each``: cuBLAS, one product for each expert. Legend as in
 csrc/fused.py.
 """
@@ -8,6 +9,7 @@ csrc/fused.py.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,11 +18,9 @@ from torch import Tensor
 
 from benchmarks.gpu.lone_rank import LoneRank, gradient_of_hidden
 from coterie.csrc import fused
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused import TILE_COLUMNS, Manner
 from coterie.csrc.fused_plan import TILE
 
-_ALL = Manner(communication=0, slabs=1)
-"""All blocks compute: nothing is put home."""
 PRODUCTS = ("in", "out", "d hidden", "d rows", "dw out", "dw in")
 """x·w_in, a·w_out; then their gradients: of activations, of rows, and of both weights."""
 
@@ -78,14 +78,18 @@ class Way(ABC):
 
 
 class Shell(Way):
-    """The fused kernels; nothing is pulled, and nothing is put home."""
+    """The fused kernels; nothing is pulled, and nothing is put home: all blocks compute."""
+
+    def __init__(self, operands: Operands, tile_columns: int) -> None:
+        super().__init__(operands)
+        self.manner = Manner(communication=0, slabs=1, tile_columns=tile_columns)
 
     def product(self, name: str) -> Callable[[], object]:
-        of, rank, manner = self.of, self.of.rank, Manner()
+        of, rank, manner = self.of, self.of.rank, self.manner
         here, x = rank.here, rank.x_PD
         return {
             "in": lambda: fused.hidden(here, [x], [of.w_in_EHD], manner),
-            "out": lambda: fused.combine(rank.silent, [of.a_PF], [of.w_out_EFD], _ALL),
+            "out": lambda: fused.combine(rank.silent, [of.a_PF], [of.w_out_EFD], manner),
             "d hidden": lambda: gradient_of_hidden(here, x, of.w_out_EFD, of.h_PH, manner),
             "d rows": lambda: self._gradient_of_rows(of.h_PH),
             "dw out": lambda: fused.weight_gradient(here, [of.a_PF], [x], manner),
@@ -94,22 +98,24 @@ class Shell(Way):
 
     def forward(self) -> object:
         of, rank = self.of, self.of.rank
-        (made,) = fused.hidden(rank.here, [rank.x_PD], [of.w_in_EHD], Manner())
-        return fused.combine(rank.silent, [made.a_PF], [of.w_out_EFD], _ALL)
+        (made,) = fused.hidden(rank.here, [rank.x_PD], [of.w_in_EHD], self.manner)
+        return fused.combine(rank.silent, [made.a_PF], [of.w_out_EFD], self.manner)
 
     def gradients(self) -> object:
         of, rank = self.of, self.of.rank
-        dh_PH, _ = gradient_of_hidden(rank.here, rank.x_PD, of.w_out_EFD, of.h_PH, Manner())
+        x, manner = rank.x_PD, self.manner
+        dh_PH, _ = gradient_of_hidden(rank.here, x, of.w_out_EFD, of.h_PH, manner)
         return self._gradient_of_rows(dh_PH)
 
     def _gradient_of_rows(self, dh_PH: Tensor) -> object:
-        return fused.combine(self.of.rank.silent, [dh_PH], [self.of.w_in_EHD], _ALL, weighted=False)
+        silent, w_in = self.of.rank.silent, [self.of.w_in_EHD]
+        return fused.combine(silent, [dh_PH], w_in, self.manner, weighted=False)
 
     def backward(self) -> object:
         of, rank = self.of, self.of.rank
-        x, w_in = rank.x_PD, of.w_in_EHD
-        dh_PH, a_PF = gradient_of_hidden(rank.here, x, of.w_out_EFD, of.h_PH, Manner())
-        return fused.combine_backward(rank.silent, [dh_PH], [w_in], [x], [a_PF], [x], _ALL)
+        x, w_in, manner = rank.x_PD, of.w_in_EHD, self.manner
+        dh_PH, a_PF = gradient_of_hidden(rank.here, x, of.w_out_EFD, of.h_PH, manner)
+        return fused.combine_backward(rank.silent, [dh_PH], [w_in], [x], [a_PF], [x], manner)
 
 
 class Plain(Way):
@@ -185,4 +191,5 @@ class Each(Plain):
 
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-WAYS: dict[str, type[Way]] = {"shell": Shell, "grouped": Grouped, "each": Each}
+SHELLS = {f"shell {columns}": partial(Shell, tile_columns=columns) for columns in TILE_COLUMNS}
+WAYS: dict[str, Callable[[Operands], Way]] = {**SHELLS, "grouped": Grouped, "each": Each}

@@ -62,13 +62,15 @@ class Layer(ABC):
 class Fused(Layer):
     """The fused kernels, in a domain of one rank."""
 
-    def __init__(self, weights: Weights, tokens: int) -> None:
+    def __init__(self, weights: Weights, tokens: int, manner: Manner) -> None:
         super().__init__(weights)
+        self.manner = manner
         self.domain = VirtualDomain(1, weights.case.D, tokens, weights.router_DE.device)
 
     def experts(self, x_TD: Tensor, rows: Assignment) -> Tensor:
+        w_in_EHD, w_out_EFD = self.weights.w_in_EHD, self.weights.w_out_EFD
         return _Fused.apply(
-            self.domain, rows, x_TD, rows.weight_A, self.weights.w_in_EHD, self.weights.w_out_EFD
+            self.domain, self.manner, rows, x_TD, rows.weight_A, w_in_EHD, w_out_EFD
         )
 
 
@@ -77,6 +79,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         domain: VirtualDomain,
+        manner: Manner,
         rows: Assignment,
         x_TD: Tensor,
         weight_A: Tensor,
@@ -85,9 +88,9 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         (ours,) = sent([rows], len(x_TD))
         made = passes.forward(
-            domain.here([ours.plan]), [x_TD[ours.token_V]], [w_in_EHD], [w_out_EFD], Manner(), True
+            domain.here([ours.plan]), [x_TD[ours.token_V]], [w_in_EHD], [w_out_EFD], manner, True
         )
-        ctx.domain, ctx.sent, ctx.hidden = domain, ours, made[0].hidden
+        ctx.domain, ctx.manner, ctx.sent, ctx.hidden = domain, manner, ours, made[0].hidden
         ctx.save_for_backward(w_in_EHD, w_out_EFD)
         return torch.zeros_like(x_TD).index_copy(0, ours.token_V, made[0].returned_VD)
 
@@ -101,13 +104,13 @@ class _Fused(torch.autograd.Function):
             [ctx.hidden],
             [w_in_EHD],
             [w_out_EFD],
-            Manner(),
+            ctx.manner,
         )
         dx_TD = torch.zeros_like(dy_TD).index_copy(0, ours.token_V, grads.dsent_VD)
         dweight_A = torch.empty_like(grads.dweight_N).index_copy(
             0, ours.received_N, grads.dweight_N
         )
-        return None, None, dx_TD, dweight_A, grads.dw_in_EHD, grads.dw_out_EFD
+        return None, None, None, dx_TD, dweight_A, grads.dw_in_EHD, grads.dw_out_EFD
 
 
 class Grouped(Layer):

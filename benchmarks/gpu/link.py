@@ -15,8 +15,9 @@ none of the times.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from benchmarks.gpu.lone_rank import LoneRank
 from benchmarks.gpu.timing import Step, medians
 from benchmarks.gpu.two_streams import TwoStreams
 from coterie.csrc import fused
-from coterie.csrc.fused import HIDDEN, WIDTH, Manner
+from coterie.csrc.fused import HIDDEN, TILE_COLUMNS, WIDTH, Manner
 
 COMMUNICATION = (4, 8, 16, 24, 32)
 SLABS = (2, 4, 8)
+NEAR = 3
+"""The fastest of these, which are tried with other tiles too."""
 CHUNKS = (2, 4)
 
 
@@ -198,26 +201,31 @@ class Lab:
             "ways to compute, ms": computed,
             "communication": best.communication,
             "slabs": best.slabs,
+            "tile columns": best.tile_columns,
             **derived(ms, self.flops * one.products),
-            "sweep": [[m.communication, m.slabs, taken] for m, taken in tried.items()],
+            "sweep": [[m.communication, m.slabs, m.tile_columns, ms] for m, ms in tried.items()],
         }
 
     def _sweep(self, one: Pass, pace: int) -> tuple[dict[Manner, float], dict[Manner, float]]:
-        """Milliseconds of the fused kernels and of moving alone, by setting."""
+        """Milliseconds of the fused kernels and of moving alone, by setting: all with the first
+        tiles, the fastest with the others too."""
         movers = [Manner(communication=c, slabs=4, pace=pace) for c in COMMUNICATION]
         manners = [m._replace(slabs=s) for m in movers for s in SLABS]
         if self.device.type != "cuda":
             movers, manners = movers[:1], manners[:1]
-        steps: dict[tuple[str, Manner], Step] = {}
-        for manner in manners:
-            steps["fused", manner] = lambda manner=manner: one.fused(manner)
-        for manner in movers:
-            steps["moved", manner] = lambda manner=manner: one.moved(manner)
-        taken = medians(steps, self.device, min(3, self.rounds), self.rank.refresh, warm_up=1)
-        return (
-            {manner: ms for (kind, manner), ms in taken.items() if kind == "fused"},
-            {manner: ms for (kind, manner), ms in taken.items() if kind == "moved"},
-        )
+        tried = self._tried(one.fused, manners)
+        best = sorted(tried, key=tried.__getitem__)[:NEAR]
+        others = [m._replace(tile_columns=c) for m in best for c in TILE_COLUMNS[1:]]
+        # the best again: for times of the same minute
+        again = self._tried(one.fused, [*best, *others])
+        return {**tried, **again}, self._tried(one.moved, movers)
+
+    def _tried(
+        self, run: Callable[[Manner], object], manners: Sequence[Manner]
+    ) -> dict[Manner, float]:
+        steps: dict[Manner, Step] = {manner: partial(run, manner) for manner in manners}
+        rounds = min(3, self.rounds)
+        return medians(steps, self.device, rounds, self.rank.refresh, warm_up=1)
 
     def _chunked(self, chunk: Step, number: int, link: float, rest: Step | None) -> Step:
         return lambda: self.streams.run([chunk] * number, link / number, rest)

@@ -93,7 +93,7 @@ def gradient_of_hidden(
     (one,) = here
     pool, hidden = one.plan.pool_rows, w_out_EFD.shape[1]
     dh_PH, a_PF = torch.empty_like(h_PH), w_out_EFD.new_empty(pool, hidden)
-    partial_PN = torch.empty(pool, -(-hidden // 256), dtype=torch.float32, device=dy_PD.device)
+    partial_PN = fused._partial(one, w_out_EFD, manner)
     row = fused._row(
         one, manner, w_out_EFD, hidden, arrival=True, pool_PD=dy_PD, hidden_PH=h_PH, act_PF=a_PF,
         grad_PH=dh_PH, partial_PN=partial_PN,

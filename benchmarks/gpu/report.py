@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+SHELLS = ("shell 256", "shell 128")
+"""The fused kernels' products, by the columns of their tiles."""
 COMET = "Comet's setting"
 """In the name of its case."""
 OPEN = "not measured"
@@ -54,13 +56,13 @@ def _products(records: list[Record]) -> list[str]:
                 (
                     record["case"],
                     product,
-                    *(rates[name] for name in ("shell", "each", "one", "grouped")),
+                    *(rates[name] for name in (*SHELLS, "each", "one", "grouped")),
                     f"{record['of cuBLAS']:.0%}" if whole else "",
                     f"{record['of grouped']:.0%}" if whole else "",
                 )
             )
-    heads = ("layer", "product", "fused shell", "cuBLAS, each expert", "cuBLAS, one product")
-    heads = (*heads, "grouped_mm", "of cuBLAS", "of grouped_mm")
+    heads = ("layer", "product", *(f"fused {shell}" for shell in SHELLS), "cuBLAS, each expert")
+    heads = (*heads, "cuBLAS, one product", "grouped_mm", "of cuBLAS", "of grouped_mm")
     return ["## Products, TFLOP/s", "", *table(heads, rows)]
 
 
@@ -79,11 +81,11 @@ def _link(records: list[Record]) -> list[str]:
                 f"{record['over serial']:.2f}×",
                 *(f"{ms[name] / ms['T_fused']:.2f}×" for name in ("2 chunks", "4 chunks")),
                 f"{record['TFLOP/s']:.0f}",
-                f"{record['communication']}, {record['slabs']}",
+                f"{record['communication']}, {record['slabs']}, {record['tile columns']}",
             )
         )
     heads = ("layer", "pass", "GB/s", "T_comp, ms", "T_comm", "T_fused", "η", "hidden")
-    heads = (*heads, "over serial", "over 2 chunks", "over 4", "TFLOP/s", "blocks, slabs")
+    heads = (*heads, "over serial", "over 2 chunks", "over 4", "TFLOP/s", "blocks, slabs, columns")
     return ["## Emulated link, one rank of eight", "", *table(heads, rows)]
 
 
@@ -95,7 +97,7 @@ def _layers(records: list[Record]) -> list[str]:
             f"{record['forward, ms'][name]:.2f}",
             f"{ms:.2f}",
             f"{record['TFLOP/s'][name]:.0f}",
-            f"{record['others / ours'].get(name, 1):.2f}×",
+            f"{ms / record['ms'][record['ours']]:.2f}×",
         )
         for record in records
         for name, ms in record["ms"].items()

@@ -30,7 +30,7 @@ def main() -> int:
     truth = reference(given, torch.float64)
     fused = Fused(given)
     worst = 0.0
-    for manner in (Manner(), Manner(communication=3, slabs=1)):
+    for manner in (Manner(), Manner(communication=3, slabs=1, tile_columns=128)):
         found = errors(fused.run(manner), truth)
         print(found, flush=True)
         worst = max(worst, *(norm for _, norm in found.values()))

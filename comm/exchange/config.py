@@ -40,6 +40,10 @@ class ExchangeConfig(Config):
     communication: int | None = Field(default=None, ge=1)
     """`fused`: blocks (of one for each multiprocessor) that move rows before they compute. Null:
     measured, as `pieces` is."""
+    tile_columns: Literal[128, 256] | None = None
+    """`fused`: columns of a tile, which a block computes at a time; it has 128 rows. 256 read less
+    for each product, 128 waste less where a width is no multiple of 256. Null: measured, as
+    `pieces` is."""
     ahead: int = Field(default=2, ge=1)
     """`overlapped`: pieces that a rank asks for before they are there (not on NCCL)."""
 
@@ -51,11 +55,12 @@ class ExchangeConfig(Config):
             )
         if self.kind == "fused" and self.pieces is not None:
             raise ValueError(
-                "pieces is for kind overlapped; with kind fused accepted are communication and "
-                "slabs"
+                "pieces is for kind overlapped; with kind fused accepted are communication, slabs "
+                "and tile_columns"
             )
-        if self.kind != "fused" and self.communication is not None:
-            raise ValueError(f"communication is for kind fused, but kind is {self.kind}")
+        for name in ("communication", "tile_columns"):
+            if self.kind != "fused" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for kind fused, but kind is {self.kind}")
         return self
 
     @property
@@ -91,7 +96,11 @@ class ExchangeConfig(Config):
     @property
     def manner(self) -> Manner:
         """`fused`: how its launches are worked off."""
-        return Manner(self.communication or _FUSED.communication, slabs=self.slabs or _FUSED.slabs)
+        return Manner(
+            self.communication or _FUSED.communication,
+            slabs=self.slabs or _FUSED.slabs,
+            tile_columns=self.tile_columns or _FUSED.tile_columns,
+        )
 
     def _between(
         self, group: ProcessGroup, max_rows_factor: float | None, onward: Exchange | None = None

@@ -1,6 +1,6 @@
-// What one multiplying thread holds of a tile of 128 x 256 sums, and how it reads and writes rows.
+// What one multiplying thread holds of a tile of sums, and how it reads and writes rows.
 //
-// Of m64n256 products (PTX ISA, wgmma) each thread has two rows, 8 apart, and of each block of 8
+// Of products of 64 rows (PTX ISA, wgmma) each thread has two rows, 8 apart, and of each block of 8
 // columns the same pair. Four neighbouring lanes (a quad) share rows. A word is such a pair as
 // bf16; transposed within the quad, four words are 8 neighbouring columns of a row: 16 bytes.
 #pragma once
@@ -10,8 +10,10 @@
 
 namespace coterie::fused {
 
-constexpr int kSums = kTile * kColumns / kMultipliers;  // 128 of a thread
-constexpr int kGroups = kColumns / 32;                  // of four blocks of 8 columns
+template <int kColumns>
+constexpr int kSums = kTile * kColumns / kMultipliers;  // of a thread
+template <int kColumns>
+constexpr int kGroups = kColumns / 32;  // of four blocks of 8 columns
 
 // thread: 0 … kMultipliers - 1; half: 0, 1.
 __host__ __device__ constexpr int row_of(int thread, int half) {
@@ -102,13 +104,14 @@ __device__ __forceinline__ void to_words(const uint4& read, uint32_t (&word)[4])
 
 // Writes a thread's sums to rows of `width` numbers, at row 0 of the tile; columns beyond `end`
 // (a multiple of 32, from the tile's first) are left out.
+template <int kColumns>
 __device__ __forceinline__ void write_tile(
-    int thread, const float (&sum)[kSums], Number* tile, int64_t width, int64_t end) {
+    int thread, const float (&sum)[kSums<kColumns>], Number* tile, int64_t width, int64_t end) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Number* row = tile + row_of(thread, half) * width;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < kGroups<kColumns>; ++group) {
       if (group * 32 >= end) break;
       uint32_t word[4];
 #pragma unroll

@@ -69,13 +69,13 @@ inline Blocks blocks_for(const Tensor& table, const Tensor& like, int64_t each, 
   return {each, std::min(movers, each / 2)};
 }
 
-template <class... Parameters>
+template <int kColumns, class... Parameters>
 void start(
     void (*kernel)(const Launch, Parameters...), const Tensor& table, const Tensor& like,
     const Blocks& blocks, const Launch& launch, const std::type_identity_t<Parameters>&... others) {
   const Guard guard(like);
   const dim3 grid(static_cast<unsigned>(blocks.each), static_cast<unsigned>(table.size(0)));
-  launch_together(kernel, grid, dim3(kThreads), sizeof(Storage), like, launch, others...);
+  launch_together(kernel, grid, dim3(kThreads), sizeof(Storage<kColumns>), like, launch, others...);
 }
 
 }  // namespace coterie::fused

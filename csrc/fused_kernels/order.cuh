@@ -9,11 +9,13 @@ namespace coterie::fused {
 struct Tile {
   int number;  // by place in the pool
   int expert;
-  int column;  // in units of kColumns
+  int column;  // in units of a tile's columns
   int slab;
 };
 
-__host__ __device__ inline int columns_of(int64_t width) {
+// Tiles of kColumns side by side.
+template <int kColumns>
+__host__ __device__ int columns_of(int64_t width) {
   return static_cast<int>((width + kColumns - 1) / kColumns);
 }
 

@@ -1,9 +1,10 @@
 // What a product of two matrices in tiles is made of, for both places where it runs: where the
 // boxes of a step lie, and in which order a thread's sums come out.
 //
-// A task (dispatch.cu and so on) says which boxes. A step takes kDepth of K. Of each factor it
-// needs kTile rows (left) or kColumns columns (right). Along K: boxes are kDepth of K wide, and
-// hold 128 or 256 of the factor's rows. Across K: boxes hold kDepth rows of K, 64 numbers wide.
+// A task (dispatch.cuh and so on) says which boxes, and how many columns a tile has: kColumns. A
+// step takes kDepth of K. Of each factor it needs kTile rows (left) or kColumns columns (right).
+// Along K: boxes are kDepth of K wide, and hold up to 256 of the factor's rows. Across K: boxes
+// hold kDepth rows of K, 64 numbers wide.
 #pragma once
 
 #include "map.h"
@@ -20,6 +21,7 @@ struct Maps {
   Map left, right;
 };
 
+template <int kColumns>
 struct Storage;  // of a block, in shared memory
 
 template <Along kAlong, int kRows>

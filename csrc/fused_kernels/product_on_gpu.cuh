@@ -21,28 +21,36 @@
 
 namespace coterie::fused {
 
-constexpr int kStages = 4;
 constexpr int kItems = 8;  // tiles that the loading thread has told of: more than there are stages
 constexpr int kLeftBytes = kTile * kDepth * sizeof(Number);
+template <int kColumns>
 constexpr int kRightBytes = kColumns * kDepth * sizeof(Number);
+template <int kColumns>
+constexpr int kStageBytes = kLeftBytes + kRightBytes<kColumns>;
+// As many as fit beside what else a block holds: 4 of 256 columns, 6 of 128.
+template <int kColumns>
+constexpr int kStages = (192 << 10) / kStageBytes<kColumns>;
 
-using Pipeline = cutlass::PipelineTmaAsync<kStages>;
+template <int kColumns>
+using Pipeline = cutlass::PipelineTmaAsync<kStages<kColumns>>;
 
 // Of a block. Whatever the factors' layouts, the stages of the left one lie before those of the
 // right one.
+template <int kColumns>
 struct alignas(1024) Storage {
   union {
-    unsigned char stage[kStages * (kLeftBytes + kRightBytes)];
+    unsigned char stage[kStages<kColumns> * kStageBytes<kColumns>];
     CourierStorage courier;  // before the first tile
   };
-  Pipeline::SharedStorage pipeline;
+  typename Pipeline<kColumns>::SharedStorage pipeline;
   struct alignas(16) {
     int number;  // of the tile; -1: the task ends
     int place[7];
   } item[kItems];
+  static_assert(kItems > kStages<kColumns>);
 };
 
-template <Along kLeft, Along kRight>
+template <int kColumns, Along kLeft, Along kRight>
 struct Product {
   using Element = cutlass::bfloat16_t;
   using TileShape =
@@ -55,19 +63,20 @@ struct Product {
   using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LeftLayout, 8, Element,
       RightLayout, 8, float, TileShape, Cluster,
-      cutlass::gemm::collective::StageCount<kStages>,
+      cutlass::gemm::collective::StageCount<kStages<kColumns>>,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Tensors = typename Collective::TensorStorage;
-  static_assert(std::is_same_v<typename Collective::MainloopPipeline, Pipeline>);
+  static_assert(std::is_same_v<typename Collective::MainloopPipeline, Pipeline<kColumns>>);
 
   // a step's boxes lie one after the other, as the collective's layouts want them
-  static_assert(sizeof(Tensors) == kStages * (kLeftBytes + kRightBytes));
+  static_assert(sizeof(Tensors) == kStages<kColumns> * kStageBytes<kColumns>);
   static_assert(
       typename Collective::SmemLayoutA{}(0, 0, 1) == kTile * kDepth &&
       typename Collective::SmemLayoutB{}(0, 0, 1) == kColumns * kDepth);
   static_assert(typename Collective::SmemLayoutA{}(64, 0, 0) == 64 * kDepth);
   static_assert(typename Collective::SmemLayoutB{}(64, 0, 0) == 64 * kDepth);
-  static_assert(typename Collective::SmemLayoutB{}(128, 0, 0) == 128 * kDepth);
+  static_assert(
+      typename Collective::SmemLayoutB{}(kColumns / 2, 0, 0) == kColumns / 2 * kDepth);
 
   // the fragment of fragment.cuh is the collective's
   static constexpr auto kSumLayout =
@@ -75,16 +84,19 @@ struct Product {
   static constexpr bool same_sum(int thread, int sum) {
     const int block = sum / 4, half = sum / 2 % 2;
     const int row = row_of(thread, half), column = column_of(thread, block) + sum % 2;
-    return kSumLayout(thread, sum) == row + column * 128;
+    return kSumLayout(thread, sum) == row + column * kTile;
   }
   static_assert(same_sum(0, 1) && same_sum(0, 2) && same_sum(0, 4) && same_sum(1, 0));
-  static_assert(same_sum(37, 127) && same_sum(128, 0) && same_sum(255, 66) && same_sum(100, 9));
+  static constexpr int kLast = kSums<kColumns> - 1;
+  static_assert(same_sum(37, kLast) && same_sum(128, 0) && same_sum(100, 9));
+  static_assert(same_sum(255, kLast / 2 + 3) && same_sum(255, kLast));
 };
 
 // One side's place in the line of stages.
+template <int kColumns>
 struct Line {
-  Pipeline& pipeline;
-  cutlass::PipelineState<kStages> state;
+  Pipeline<kColumns>& pipeline;
+  cutlass::PipelineState<kStages<kColumns>> state;
   unsigned turn = 0;  // tiles so far, the ends of tasks included
 };
 
@@ -102,7 +114,8 @@ __device__ __forceinline__ void prefetch(const Map& map) {
 }
 
 // Hands on a stage without boxes.
-__device__ __forceinline__ void pass_stage(Line& line) {
+template <int kColumns>
+__device__ __forceinline__ void pass_stage(Line<kColumns>& line) {
   line.pipeline.producer_acquire(line.state);
   cutlass::arch::ClusterBarrier::arrive(
       reinterpret_cast<cutlass::arch::ClusterBarrier::ValueType const*>(
@@ -113,10 +126,12 @@ __device__ __forceinline__ void pass_stage(Line& line) {
 // Loads what tiles need until there are none, or one at or beyond `limit` was taken. By one thread.
 template <class Task>
 __device__ __forceinline__ void load_tiles(
-    const Rank& rank, const Maps& maps, Storage& storage, Line& line, int limit) {
+    const Rank& rank, const Maps& maps, Storage<Task::kColumns>& storage,
+    Line<Task::kColumns>& line, int limit) {
+  constexpr int kRight = kRightBytes<Task::kColumns>;
   constexpr int kLeftBoxes = boxes_of<Task::kLeft, kTile>();
   unsigned char* left = storage.stage;
-  unsigned char* right = storage.stage + kStages * kLeftBytes;
+  unsigned char* right = storage.stage + kStages<Task::kColumns> * kLeftBytes;
   using Place = typename Task::Place;
   static_assert(sizeof(Place) <= sizeof(storage.item[0].place));
   const int count = Task::count(rank);
@@ -148,18 +163,18 @@ __device__ __forceinline__ void load_tiles(
       auto* barrier = reinterpret_cast<uint64_t*>(line.pipeline.producer_get_barrier(line.state));
       asm volatile(
           "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-          "r"(kLeftBytes + kRightBytes)
+          "r"(kLeftBytes + kRight)
           : "memory");
       unsigned char* to = left + line.state.index() * kLeftBytes;
 #pragma unroll
       for (int box = 0; box < kLeftBoxes; ++box) {
         load_box(maps.left, barrier, to + box * (kLeftBytes / kLeftBoxes), task.left(step, box));
       }
-      to = right + line.state.index() * kRightBytes;
+      to = right + line.state.index() * kRight;
 #pragma unroll
       for (int box = 0; box < Task::kRightBoxes; ++box) {
         load_box(
-            maps.right, barrier, to + box * (kRightBytes / Task::kRightBoxes),
+            maps.right, barrier, to + box * (kRight / Task::kRightBoxes),
             task.right(step, box));
       }
       ++line.state;
@@ -175,8 +190,10 @@ __device__ __forceinline__ void meet_multipliers() {
 // Multiplies what is loaded, until the task ends; each thread has its sums of every tile. By all
 // multiplying threads.
 template <class Task>
-__device__ __forceinline__ void multiply_tiles(const Rank& rank, Storage& storage, Line& line) {
-  using P = Product<Task::kLeft, Task::kRight>;
+__device__ __forceinline__ void multiply_tiles(
+    const Rank& rank, Storage<Task::kColumns>& storage, Line<Task::kColumns>& line) {
+  constexpr int kOfThread = kSums<Task::kColumns>;
+  using P = Product<Task::kColumns, Task::kLeft, Task::kRight>;
   const int thread = threadIdx.x - kLoaders;
   auto& tensors = reinterpret_cast<typename P::Tensors&>(storage.stage);
   typename P::Collective collective;
@@ -195,7 +212,7 @@ __device__ __forceinline__ void multiply_tiles(const Rank& rank, Storage& storag
     const Task task(rank, reinterpret_cast<const typename Task::Place&>(item.place));
     const int steps = task.steps();
     auto sums = cute::partition_fragment_C(mma, cute::take<0, 2>(typename P::TileShape{}));
-    static_assert(decltype(cute::size(sums))::value == kSums);
+    static_assert(decltype(cute::size(sums))::value == kOfThread);
     if (steps == 0) {
       cute::clear(sums);
       line.pipeline.consumer_release(line.state);
@@ -205,7 +222,7 @@ __device__ __forceinline__ void multiply_tiles(const Rank& rank, Storage& storag
       collective.mma_tail(line.pipeline, line.state, steps);
       line.state.advance(steps);
     }
-    task.store(thread, *reinterpret_cast<const float(*)[kSums]>(sums.data()));
+    task.store(thread, *reinterpret_cast<const float(*)[kOfThread]>(sums.data()));
     if constexpr (Task::kTells) {
       meet_multipliers();
       if (thread == 0) task.tell();
@@ -215,22 +232,24 @@ __device__ __forceinline__ void multiply_tiles(const Rank& rank, Storage& storag
 
 // Splits a block, for the rest of the launch: one thread loads, 256 multiply. The others of the
 // first warp group have nothing to do, and give their registers away.
-template <class Load, class Multiply>
-__device__ __forceinline__ void split(Storage& storage, const Load& load, const Multiply& multiply) {
+template <int kColumns, class Load, class Multiply>
+__device__ __forceinline__ void split(
+    Storage<kColumns>& storage, const Load& load, const Multiply& multiply) {
+  using Stages = Pipeline<kColumns>;
   const bool loads = threadIdx.x < kLoaders;
-  Pipeline::Params parameters;
-  parameters.role = loads ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+  typename Stages::Params parameters;
+  parameters.role = loads ? Stages::ThreadCategory::Producer : Stages::ThreadCategory::Consumer;
   parameters.is_leader = 0;  // the loading thread itself says how many bytes it expects
   parameters.num_consumers = kMultipliers;
-  Pipeline pipeline(storage.pipeline, parameters, cute::Shape<cute::_1, cute::_1, cute::_1>{});
+  Stages pipeline(storage.pipeline, parameters, cute::Shape<cute::_1, cute::_1, cute::_1>{});
   __syncthreads();
   if (loads) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    Line line{pipeline, cutlass::make_producer_start_state<Pipeline>()};
+    Line<kColumns> line{pipeline, cutlass::make_producer_start_state<Stages>()};
     if (threadIdx.x == 0) load(line);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    Line line{pipeline, {}};
+    Line<kColumns> line{pipeline, {}};
     multiply(line);
   }
 }

@@ -99,9 +99,10 @@ __device__ inline void put_visit(
 }
 
 // By the warps of all blocks that take part.
-__device__ inline void put(const Rank& rank) {
+template <int kColumns>
+__device__ void put(const Rank& rank) {
   const int lane = threadIdx.x % kWarp;
-  const int columns = columns_of(rank.width), slabs = static_cast<int>(rank.slabs);
+  const int columns = columns_of<kColumns>(rank.width), slabs = static_cast<int>(rank.slabs);
   const int64_t visits = rank.before_R1[rank.ranks];
   const int64_t units = (visits + kVisits - 1) / kVisits;
   const auto tiles = static_cast<uint32_t>(*rank.tiles);

@@ -13,7 +13,6 @@
 namespace coterie::fused {
 
 constexpr int kTile = 128;       // rows of a tile
-constexpr int kColumns = 256;    // its columns
 constexpr int kDepth = 64;       // what a step of a product takes of K
 constexpr int kMostRanks = 64;   // flags of each kind in a window
 constexpr int kMostHere = 8;     // ranks of one launch
@@ -57,7 +56,7 @@ struct Rank {
   Number* hidden_PH;                // gate, then up; may be null in dispatch
   Number* act_PF;                   // activations; dispatch_backward: weighted
   Number* grad_PH;                  // gradient of hidden_PH
-  float* partial_PN;                // of the weights' gradients, what each tile contributes
+  float* partial_PN;                // of rows' weights' gradients, what each tile contributes
 
   uint32_t* counters;               // all 0; kReady or kSlab + Q or kMostSlabs of them
   int64_t* failure;                 // what a wait in vain was for, on the host (5 words)

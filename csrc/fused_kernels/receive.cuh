@@ -17,11 +17,11 @@ __device__ inline void wait_rows(const Rank& rank, const Tile& tile) {
 }
 
 // By all threads, before anything else.
-__device__ inline void pull_first(const Rank& rank, int movers, Storage& storage) {
+__device__ inline void pull_first(const Rank& rank, int movers, CourierStorage& storage) {
   if (!rank.pulls) return;
   if (blockIdx.x == 0) tell_filled(rank);
   if (static_cast<int>(blockIdx.x) >= movers) return;
-  pull(rank, &storage.courier);
+  pull(rank, &storage);
   __syncthreads();
   if (rank.closes && threadIdx.x == 0) close(rank, movers);
   __syncthreads();
@@ -32,12 +32,12 @@ template <class Task>
 __device__ __forceinline__ void receive_and_compute(const Launch& launch, int movers) {
   const Rank& rank = launch.rank[blockIdx.y];
   const Maps& maps = launch.maps[blockIdx.y];
-  auto& storage = *shared_memory<Storage>();
-  pull_first(rank, movers, storage);
+  auto& storage = *shared_memory<Storage<Task::kColumns>>();
+  pull_first(rank, movers, storage.courier);
   split(
       storage,
-      [&](Line& line) { load_tiles<Task>(rank, maps, storage, line, Task::count(rank)); },
-      [&](Line& line) { multiply_tiles<Task>(rank, storage, line); });
+      [&](auto& line) { load_tiles<Task>(rank, maps, storage, line, Task::count(rank)); },
+      [&](auto& line) { multiply_tiles<Task>(rank, storage, line); });
 }
 
 template <class Task>
@@ -46,7 +46,7 @@ void start_receiving(
     int64_t communication) {
   const Blocks blocks = blocks_for(table, like, each, communication);
   const int movers = static_cast<int>(std::max<int64_t>(blocks.movers, 1));
-  start(kernel, table, like, blocks, launch_of<Task>(table), movers);
+  start<Task::kColumns>(kernel, table, like, blocks, launch_of<Task>(table), movers);
 }
 
 }  // namespace coterie::fused

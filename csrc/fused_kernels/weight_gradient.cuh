@@ -10,9 +10,11 @@ namespace coterie::fused {
 
 constexpr int kRun = 8;  // tiles of rows of a gradient that are computed side by side
 
+template <int kOfTile>
 struct WeightGradient {
+  static constexpr int kColumns = kOfTile;
   static constexpr Along kLeft = Along::across, kRight = Along::across;
-  static constexpr int kRightBoxes = 4;
+  static constexpr int kRightBoxes = kColumns / 64;
   static constexpr bool kTells = false;
 
   static Maps maps(const Rank& rank) {
@@ -20,9 +22,10 @@ struct WeightGradient {
         map_of(rank.left_PK, rank.pool_rows, rank.inner, kDepth, 64),
         map_of(rank.pool_PD, rank.pool_rows, rank.width, kDepth, 64)};
   }
+  __device__ static int columns(const Rank& rank) { return columns_of<kColumns>(rank.width); }
   __device__ static int rows(const Rank& rank) { return static_cast<int>(rank.inner / kTile); }
   __device__ static int count(const Rank& rank) {
-    return static_cast<int>(rank.experts) * rows(rank) * columns_of(rank.width);
+    return static_cast<int>(rank.experts) * rows(rank) * columns(rank);
   }
 
   struct Place {
@@ -30,11 +33,11 @@ struct WeightGradient {
     int begin, steps;         // of its rows in the pool
   };
   __device__ static Place place(const Rank& rank, int i) {
-    const int columns = columns_of(rank.width), each = rows(rank) * columns;
+    const int across = columns(rank), each = rows(rank) * across;
     const int expert = i / each, within = i % each;
-    const int first = within / (kRun * columns) * kRun;
+    const int first = within / (kRun * across) * kRun;
     const int left = rows(rank) - first, length = left < kRun ? left : kRun;
-    const int step = within - first * columns;
+    const int step = within - first * across;
     return {
         expert, first + step % length, step / length, rank.span_L2[2 * expert],
         (rank.span_L2[2 * expert + 1] + kDepth - 1) / kDepth};
@@ -49,10 +52,10 @@ struct WeightGradient {
   __device__ Box right(int step, int box) const {
     return {place_.column * kColumns + box * 64, place_.begin + step * kDepth};
   }
-  __device__ __forceinline__ void store(int thread, const float (&sum)[kSums]) const {
+  __device__ __forceinline__ void store(int thread, const float (&sum)[kSums<kColumns>]) const {
     const int64_t row = place_.expert * rank_.inner + static_cast<int64_t>(place_.row) * kTile;
     const int64_t column = static_cast<int64_t>(place_.column) * kColumns;
-    write_tile(
+    write_tile<kColumns>(
         thread, sum, rank_.weights + row * rank_.width + column, rank_.width,
         rank_.width - column);
   }
@@ -61,5 +64,26 @@ struct WeightGradient {
   const Rank& rank_;
   Place place_;
 };
+
+// By themselves.
+template <int kColumns>
+__global__ void __launch_bounds__(kThreads, 1)
+    weight_gradient_kernel(const __grid_constant__ Launch launch) {
+  using Task = WeightGradient<kColumns>;
+  const Rank& rank = launch.rank[blockIdx.y];
+  const Maps& maps = launch.maps[blockIdx.y];
+  auto& storage = *shared_memory<Storage<kColumns>>();
+  const int count = Task::count(rank);
+  split(
+      storage, [&](auto& line) { load_tiles<Task>(rank, maps, storage, line, count); },
+      [&](auto& line) { multiply_tiles<Task>(rank, storage, line); });
+}
+
+template <int kColumns>
+void weight_gradient(const Tensor& table, const Tensor& like, int64_t each) {
+  start<kColumns>(
+      weight_gradient_kernel<kColumns>, table, like, blocks_for(table, like, each, 0),
+      launch_of<WeightGradient<kColumns>>(table));
+}
 
 }  // namespace coterie::fused

@@ -227,10 +227,12 @@ def _inside_nodes(rank: int, world: int) -> list[Errors]:
         expert_node=Axis("", rank % 2, 2, node),
         expert_across=across_,
     )
-    chosen = ExchangeConfig(kind="fused", route="nodes", slabs=3).over(axes, 1.5)
+    config = ExchangeConfig(kind="fused", route="nodes", slabs=3, tile_columns=128)
+    chosen = config.over(axes, 1.5)
     assert type(chosen) is AllToAllExchange and type(chosen.onward) is FusedExchange
     assert (chosen.group, chosen.onward.group) == (across, node)
-    assert (chosen.onward.max_rows_factor, chosen.onward.manner.slabs) == (1.5, 3)
+    manner = chosen.onward.manner
+    assert (chosen.onward.max_rows_factor, manner.slabs, manner.tile_columns) == (1.5, 3, 128)
     flat = ExchangeConfig(kind="fused", communication=5).over(expert_parallel(group))
     assert type(flat) is FusedExchange and (flat.group, flat.manner.communication) == (group, 5)
 

@@ -10,6 +10,7 @@
 
 namespace coterie::fused {
 
+template <int kColumns>
 struct Storage {
   float left[kTile][kDepth];
   float right[kColumns][kDepth];
@@ -20,8 +21,9 @@ struct Storage {
 };
 
 // One side's place in the line of stages.
+template <int kColumns>
 struct Line {
-  Storage& storage;
+  Storage<kColumns>& storage;
   int stage = 0;
 };
 
@@ -61,24 +63,30 @@ inline float dot(const float* a, const float* b) {
   return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
-inline void acquire_stage(Line& line) {
+template <int kColumns>
+void acquire_stage(Line<kColumns>& line) {
   while (line.storage.used < line.stage) on_host::spin();
 }
 
-inline void hand_on(Line& line) { line.storage.loaded = ++line.stage; }
+template <int kColumns>
+void hand_on(Line<kColumns>& line) { line.storage.loaded = ++line.stage; }
 
-inline void wait_stage(Line& line) {
+template <int kColumns>
+void wait_stage(Line<kColumns>& line) {
   while (line.storage.loaded <= line.stage) on_host::spin();
 }
 
-inline void release_stage(Line& line) {
+template <int kColumns>
+void release_stage(Line<kColumns>& line) {
   named_barrier(9, kMultipliers);
   ++line.stage;
   line.storage.used = line.stage;
 }
 
 template <class Task>
-void load_tiles(const Rank& rank, const Maps& maps, Storage& storage, Line& line, int limit) {
+void load_tiles(
+    const Rank& rank, const Maps& maps, Storage<Task::kColumns>& storage,
+    Line<Task::kColumns>& line, int limit) {
   const int count = Task::count(rank);
   for (bool more = true;;) {
     const int i = more ? static_cast<int>(atomicAdd(&rank.counters[kNextTile], 1u)) : count;
@@ -100,7 +108,7 @@ void load_tiles(const Rank& rank, const Maps& maps, Storage& storage, Line& line
       acquire_stage(line);
       load_factor<Task::kLeft, kTile, boxes_of<Task::kLeft, kTile>()>(
           maps.left, storage.left, [&](int box) { return task.left(step, box); });
-      load_factor<Task::kRight, kColumns, Task::kRightBoxes>(
+      load_factor<Task::kRight, Task::kColumns, Task::kRightBoxes>(
           maps.right, storage.right, [&](int box) { return task.right(step, box); });
       hand_on(line);
     }
@@ -108,7 +116,9 @@ void load_tiles(const Rank& rank, const Maps& maps, Storage& storage, Line& line
 }
 
 template <class Task>
-void multiply_tiles(const Rank& rank, Storage& storage, Line& line) {
+void multiply_tiles(
+    const Rank& rank, Storage<Task::kColumns>& storage, Line<Task::kColumns>& line) {
+  constexpr int kOfThread = kSums<Task::kColumns>;
   const int thread = static_cast<int>(threadIdx.x) - kLoaders;
   for (;;) {
     wait_stage(line);
@@ -118,11 +128,11 @@ void multiply_tiles(const Rank& rank, Storage& storage, Line& line) {
       return;
     }
     const Task task(rank, reinterpret_cast<const typename Task::Place&>(storage.place));
-    float sum[kSums] = {};
+    float sum[kOfThread] = {};
     if (task.steps() == 0) release_stage(line);
     for (int step = 0; step < task.steps(); ++step) {
       wait_stage(line);
-      for (int at = 0; at < kSums; ++at) {
+      for (int at = 0; at < kOfThread; ++at) {
         const int row = row_of(thread, at / 2 % 2), column = column_of(thread, at / 4) + at % 2;
         sum[at] += dot(storage.left[row], storage.right[column]);
       }
@@ -136,11 +146,11 @@ void multiply_tiles(const Rank& rank, Storage& storage, Line& line) {
   }
 }
 
-template <class Load, class Multiply>
-void split(Storage& storage, const Load& load, const Multiply& multiply) {
+template <int kColumns, class Load, class Multiply>
+void split(Storage<kColumns>& storage, const Load& load, const Multiply& multiply) {
   storage.loaded = storage.used = 0;
   __syncthreads();
-  Line line{storage};
+  Line<kColumns> line{storage};
   if (threadIdx.x == 0) load(line);
   if (threadIdx.x >= kLoaders) multiply(line);
 }

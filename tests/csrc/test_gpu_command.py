@@ -239,6 +239,7 @@ def test_the_report_holds_figures_against_what_was_asked_for() -> None:
             "over chunks": 2.8 / fused,
             "communication": 8,
             "slabs": 4,
+            "tile columns": 128,
         }
 
     comet, qwen3 = cases.COMET.name, cases.QWEN3.name
@@ -254,6 +255,7 @@ def test_the_report_holds_figures_against_what_was_asked_for() -> None:
         },
     }
     page = report.page(found)
+    assert "| 8, 4, 128 |" in page
     assert "| hidden, Comet's setting, forward | ≥ 86.5% | 160: 90.0% |" in page
     assert "least 1.12× (Qwen3-30B-like, forward, 360 GB/s)" in page
     assert "| Qwen3-30B-like forward, 360 GB/s | 233 TFLOP/s | 100 TFLOP/s |" in page

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused import TILE_COLUMNS, Manner
 from tests.gpu.conftest import ON_HOST
 from tests.gpu.virtual_layer import Fused, Layer, errors, reference
 
@@ -26,6 +26,7 @@ TOYS = [
     Layer(R=2, E=4, K=2, T=9, D=64, F=128, choice="half"),
 ]
 MANNERS = [Manner(), Manner(communication=2, slabs=1), Manner(communication=40, slabs=8)]
+TILES = TILE_COLUMNS[-1:] if ON_HOST else TILE_COLUMNS
 
 
 def named(layer: Layer) -> str:
@@ -40,29 +41,36 @@ def test_no_more_than_twice_the_error_of_pytorchs_ops(
     given = layer.inputs(device)
     truth = reference(given, torch.float64)
     plain = errors(reference(given, torch.bfloat16), truth)
-    ours = errors(Fused(given).run(Manner(), keep), truth)
-    print(named(layer), {name: (ours[name], plain[name]) for name in truth})
-    for name in truth:
-        for own, theirs in zip(ours[name], plain[name], strict=True):
-            assert math.isfinite(own) and own <= 2 * theirs + 2**-12, (name, ours, plain)
+    fused = Fused(given)
+    for columns in TILES:
+        ours = errors(fused.run(Manner(tile_columns=columns), keep), truth)
+        print(named(layer), columns, {name: (ours[name], plain[name]) for name in truth})
+        for name in truth:
+            for own, theirs in zip(ours[name], plain[name], strict=True):
+                near = math.isfinite(own) and own <= 2 * theirs + 2**-12
+                assert near, (name, columns, ours, plain)
 
 
 @pytest.mark.parametrize("layer", (TOYS if ON_HOST else LAYERS)[-2:], ids=named)
-def test_the_manner_changes_no_bit(layer: Layer, device: torch.device) -> None:
+@pytest.mark.parametrize("tile_columns", TILES)
+def test_the_manner_changes_no_bit(layer: Layer, tile_columns: int, device: torch.device) -> None:
     fused = Fused(layer.inputs(device))
-    first = fused.run(MANNERS[0])
-    for manner in MANNERS[1:]:
+    manners = [manner._replace(tile_columns=tile_columns) for manner in MANNERS]
+    first = fused.run(manners[0])
+    for manner in manners[1:]:
         for name, found in fused.run(manner).items():
             assert torch.equal(found, first[name]), (name, manner)
 
 
-def test_a_thousand_times_the_same_bits(device: torch.device) -> None:
+@pytest.mark.parametrize("tile_columns", TILES)
+def test_a_thousand_times_the_same_bits(tile_columns: int, device: torch.device) -> None:
     layer = TOYS[-1] if ON_HOST else Layer(R=4, E=16, K=4, T=150, D=256, F=256)
     fused = Fused(layer.inputs(device))
-    first = fused.run(MANNERS[0])
+    manners = [manner._replace(tile_columns=tile_columns) for manner in MANNERS]
+    first = fused.run(manners[0])
     unequal = torch.zeros((), dtype=torch.int64, device=device)
     for turn in range(3 if ON_HOST else 1000):
-        again = fused.run(MANNERS[turn % len(MANNERS)])
+        again = fused.run(manners[turn % len(manners)])
         for name, found in again.items():
             unequal += (found.view(torch.uint8) != first[name].view(torch.uint8)).sum()
     assert not unequal.item()

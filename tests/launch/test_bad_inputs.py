@@ -130,7 +130,11 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "more chosen than there are": (["model.moe.router.k=5"], ["model.moe", "k 5 exceeds the 4"]),
     "fused pieces": (
         [*FUSED, "model.moe.exchange.pieces=2"],
-        ["model.moe.exchange", "pieces is for kind overlapped", "communication and slabs"],
+        [
+            "model.moe.exchange",
+            "pieces is for kind overlapped",
+            "communication, slabs and tile_columns",
+        ],
     ),
     "many fused slabs": (
         [*FUSED, "model.moe.exchange.slabs=17"],
@@ -139,6 +143,14 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "blocks that move no rows": (
         ["model.moe.exchange.communication=8"],
         ["model.moe.exchange", "communication is for kind fused", "kind is all_to_all"],
+    ),
+    "tiles without kernels": (
+        [*FUSED, "model.moe.exchange.tile_columns=64"],
+        ["model.moe.exchange.tile_columns is 64", "must be 128 or 256 or null"],
+    ),
+    "tiles that nobody has": (
+        ["model.moe.exchange.tile_columns=128"],
+        ["model.moe.exchange", "tile_columns is for kind fused", "kind is all_to_all"],
     ),
     "fused gelu": (
         [*FUSED, "model.moe.experts.activation=gelu"],

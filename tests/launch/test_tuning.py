@@ -34,15 +34,20 @@ def test_what_is_left_open_is_tried() -> None:
 def test_what_is_left_open_of_a_fused_one() -> None:
     plain, *ways = candidates(ExchangeConfig(kind="fused"))
     assert plain.kind == "all_to_all"
-    assert {(way.communication, way.slabs) for way in ways} == {
-        (blocks, slabs) for blocks in (8, 16, 24, 32) for slabs in (1, 2, 4, 8)
+    assert len(ways) == 32 and {(w.communication, w.slabs, w.tile_columns) for w in ways} == {
+        (blocks, slabs, columns)
+        for blocks in (8, 16, 24, 32)
+        for slabs in (1, 2, 4, 8)
+        for columns in (128, 256)
     }
-    plain, *ways = candidates(ExchangeConfig(kind="fused", communication=5))
+    plain, *ways = candidates(ExchangeConfig(kind="fused", communication=5, tile_columns=128))
     assert [(way.communication, way.slabs) for way in ways] == [(5, 1), (5, 2), (5, 4), (5, 8)]
+    assert {way.tile_columns for way in ways} == {128}
     # a resumed run reads from its config what was chosen
     for one in (plain, *ways):
         assert ExchangeConfig.model_validate(one.model_dump()) == one
-    assert not is_open(ExchangeConfig(kind="fused", communication=5, slabs=3))
+    assert is_open(ExchangeConfig(kind="fused", communication=5, slabs=3))
+    assert not is_open(ExchangeConfig(kind="fused", communication=5, slabs=3, tile_columns=256))
 
 
 @pytest.mark.parametrize(("fastest", "chosen"), [(0.5, True), (0.94, True), (0.96, False)])
@@ -77,6 +82,33 @@ def test_the_luckiest_of_the_heats_must_win_the_duel(monkeypatch: pytest.MonkeyP
     assert choose(OPEN, seconds).kind == "all_to_all"
     assert turns[lucky] == 1 + 2 + 3 + 4 + 7 and turns[0] == 1 + 7
     assert {turns[n] for n in range(1, count) if n != lucky} == {1 + 2}  # far off after a heat
+
+
+def test_other_tiles_are_tried_by_the_best_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 128 columns all are twice as fast; four of 16 come so far as to be tried with them."""
+    fused = ExchangeConfig(kind="fused")
+    found = candidates(fused)
+    turns = dict.fromkeys(range(len(found)), 0)
+
+    def trial(candidate: int) -> float:
+        turns[candidate] += 1
+        way = found[candidate]
+        if way.kind == "all_to_all":
+            return 10.0
+        assert way.communication and way.slabs
+        return (1 + way.slabs / 100 + (way.communication != 24)) * (way.tile_columns or 0) / 256
+
+    monkeypatch.setattr(tuning, "_trials", lambda layer, ranks: trial)
+    monkeypatch.setattr(tuning, "_slowest", lambda seconds, ranks: seconds)
+    layer: Any = SimpleNamespace(moe=SimpleNamespace(exchange=fused))
+    ranks: Any = None
+    seconds = tuning.measure(layer, ranks)
+    chosen = choose(fused, seconds)
+    assert (chosen.communication, chosen.slabs, chosen.tile_columns) == (24, 1, 128)
+    narrow = {n: count for n, count in turns.items() if count and found[n].tile_columns == 128}
+    assert {found[n].communication for n in narrow} == {24}
+    best = found.index(chosen)
+    assert narrow.pop(best) == 1 + 4 + 7 and list(narrow.values()) == [1 + 4] * 3
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def config_of(data: Path, layout: str, kind: str) -> RunConfig:
     route = "nodes" if "node" in parallel else "tokens"
     exchange: dict[str, Any] = {"kind": kind, "route": route}
     if kind == "fused":
-        exchange |= {"communication": 1, "slabs": 1}
+        exchange |= {"communication": 1, "slabs": 1, "tile_columns": 128}
     moe = {
         "experts": {"count": 4, "hidden": 256},
         # all experts of every token: no rounding changes who is chosen

@@ -1,13 +1,16 @@
 // Rows from all ranks, the experts' first product and SwiGLU in one launch (Comet, layer 0).
+#pragma once
+
 #include "receive.cuh"
 #include "swiglu.cuh"
 
 namespace coterie::fused {
-namespace {
 
+template <int kOfTile>
 struct Dispatch {
+  static constexpr int kColumns = kOfTile;
   static constexpr Along kLeft = Along::k, kRight = Along::k;
-  static constexpr int kRightBoxes = 2;  // 128 columns of the gate, 128 of what it opens
+  static constexpr int kRightBoxes = 2;  // columns of the gate, and of what it opens
   static constexpr int kPairs = kColumns / 2;
   static constexpr bool kTells = false;
 
@@ -33,18 +36,18 @@ struct Dispatch {
     return {step * kDepth, (2 * tile_.expert + part) * hidden + tile_.column * kPairs};
   }
 
-  __device__ __forceinline__ void store(int thread, const float (&sum)[kSums]) const {
+  __device__ __forceinline__ void store(int thread, const float (&sum)[kSums<kColumns>]) const {
     const int64_t hidden = rank_.hidden;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = static_cast<int64_t>(tile_.number) * kTile + row_of(thread, half);
       const int64_t column = static_cast<int64_t>(tile_.column) * kPairs;
 #pragma unroll
-      for (int group = 0; group < kGroups / 2; ++group) {
+      for (int group = 0; group < kGroups<kPairs>; ++group) {
         uint32_t gate[4], up[4], act[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int g = sum_of(group * 4 + i, half), u = sum_of(group * 4 + i + 16, half);
+          const int g = sum_of(group * 4 + i, half), u = sum_of(group * 4 + i + kPairs / 8, half);
           gate[i] = packed(sum[g], sum[g + 1]);
           up[i] = packed(sum[u], sum[u + 1]);
           act[i] = packed(swiglu(sum[g], sum[u]), swiglu(sum[g + 1], sum[u + 1]));
@@ -64,16 +67,15 @@ struct Dispatch {
   Tile tile_;
 };
 
+template <int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ Launch launch, const int movers) {
-  receive_and_compute<Dispatch>(launch, movers);
+  receive_and_compute<Dispatch<kColumns>>(launch, movers);
 }
 
+template <int kColumns>
 void dispatch(const Tensor& table, const Tensor& like, int64_t each, int64_t communication) {
-  start_receiving<Dispatch>(dispatch_kernel, table, like, each, communication);
+  start_receiving<Dispatch<kColumns>>(dispatch_kernel<kColumns>, table, like, each, communication);
 }
 
-}  // namespace
 }  // namespace coterie::fused
-
-COTERIE_KERNELS(m) { m.impl("fused_dispatch", TORCH_BOX(&coterie::fused::dispatch)); }

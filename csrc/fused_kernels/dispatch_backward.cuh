@@ -3,13 +3,16 @@
 // Of a row with weight p and result y = A W2, and dy the gradient of the token's sum: dA' = dy W2^T,
 // the gradient of p is <dy, y> = <dA', A> (no result need be kept), and dA = p dA' goes through
 // SwiGLU's derivative. What the second weights' gradient needs, p A, is written too.
+#pragma once
+
 #include "receive.cuh"
 #include "swiglu.cuh"
 
 namespace coterie::fused {
-namespace {
 
+template <int kOfTile>
 struct DispatchBackward {
+  static constexpr int kColumns = kOfTile;
   static constexpr Along kLeft = Along::k, kRight = Along::k;
   static constexpr int kRightBoxes = 1;
   static constexpr bool kTells = false;
@@ -19,11 +22,12 @@ struct DispatchBackward {
         map_of(rank.pool_PD, rank.pool_rows, rank.width, kTile, kDepth),
         map_of(rank.weights, rank.experts * rank.hidden, rank.width, kColumns, kDepth)};
   }
-  __device__ static int count(const Rank& rank) { return *rank.tiles * columns_of(rank.hidden); }
+  __device__ static int columns(const Rank& rank) { return columns_of<kColumns>(rank.hidden); }
+  __device__ static int count(const Rank& rank) { return *rank.tiles * columns(rank); }
 
   using Place = Tile;
   __device__ static Place place(const Rank& rank, int i) {
-    return tile_at(rank, columns_of(rank.hidden), 1, i);
+    return tile_at(rank, columns(rank), 1, i);
   }
 
   __device__ DispatchBackward(const Rank& rank, const Place& place) : rank_(rank), tile_(place) {}
@@ -34,15 +38,18 @@ struct DispatchBackward {
     return {step * kDepth, tile_.expert * static_cast<int>(rank_.hidden) + tile_.column * kColumns};
   }
 
-  __device__ __forceinline__ void store(int thread, const float (&sum)[kSums]) const {
+  __device__ __forceinline__ void store(int thread, const float (&sum)[kSums<kColumns>]) const {
     const bool whole = (tile_.column + 1) * static_cast<int64_t>(kColumns) <= rank_.hidden;
-    whole ? store_groups<kGroups>(thread, sum) : store_groups<kGroups / 2>(thread, sum);
+    // the hidden width is a multiple of 128: so many columns are there at least
+    constexpr int kThere = kGroups<128>;
+    whole ? store_groups<kGroups<kColumns>>(thread, sum) : store_groups<kThere>(thread, sum);
   }
 
  private:
   // The first columns; what the next group of them needs is on its way while one is worked on.
   template <int kCount>
-  __device__ __forceinline__ void store_groups(int thread, const float (&sum)[kSums]) const {
+  __device__ __forceinline__ void store_groups(
+      int thread, const float (&sum)[kSums<kColumns>]) const {
     const int64_t hidden = rank_.hidden, first = static_cast<int64_t>(tile_.column) * kColumns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -80,7 +87,7 @@ struct DispatchBackward {
       dot += __shfl_xor_sync(kAllLanes, dot, 1);
       dot += __shfl_xor_sync(kAllLanes, dot, 2);
       if (thread % 4 == 0) {
-        rank_.partial_PN[row * columns_of(hidden) + tile_.column] = dot;
+        rank_.partial_PN[row * columns(rank_) + tile_.column] = dot;
       }
     }
   }
@@ -89,19 +96,17 @@ struct DispatchBackward {
   Tile tile_;
 };
 
+template <int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_backward_kernel(const __grid_constant__ Launch launch, const int movers) {
-  receive_and_compute<DispatchBackward>(launch, movers);
+  receive_and_compute<DispatchBackward<kColumns>>(launch, movers);
 }
 
+template <int kColumns>
 void dispatch_backward(
     const Tensor& table, const Tensor& like, int64_t each, int64_t communication) {
-  start_receiving<DispatchBackward>(dispatch_backward_kernel, table, like, each, communication);
+  start_receiving<DispatchBackward<kColumns>>(
+      dispatch_backward_kernel<kColumns>, table, like, each, communication);
 }
 
-}  // namespace
 }  // namespace coterie::fused
-
-COTERIE_KERNELS(m) {
-  m.impl("fused_dispatch_backward", TORCH_BOX(&coterie::fused::dispatch_backward));
-}
