@@ -20,7 +20,8 @@ def join(config: RunConfig, world: int) -> Ranks:
     exchange = ExchangeConfig() if moe is None else moe.exchange
     by_nodes = exchange.route == "nodes" or exchange.kind == "fused"
     parallel = on_nodes(config.parallel) if by_nodes else config.parallel
-    ranks = start(layout_of(parallel, world, config.model), config.train.timeout)
+    layout = layout_of(parallel, world, config.model)
+    ranks = start(layout, config.train.timeout, fused=exchange.kind == "fused")
     _check_fused(exchange, ranks)
     return ranks
 

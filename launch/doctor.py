@@ -201,6 +201,7 @@ def _cpu_flags() -> set[str]:
 def _native_ops() -> Iterator[Finding]:
     import warnings
 
+    from coterie.comm.nccl import SPARED
     from coterie.csrc.loader import fused_missing, status
 
     with warnings.catch_warnings():
@@ -220,7 +221,8 @@ def _native_ops() -> Iterator[Finding]:
     if reason:
         yield Finding("fused kernels", "gap", f"not used: {reason}", fix)
     else:
-        yield Finding("fused kernels", "ok", "loaded")
+        detail = f"loaded; they leave {SPARED} multiprocessors to NCCL"
+        yield Finding("fused kernels", "ok", detail)
 
 
 def _nvcc() -> Finding:

@@ -85,6 +85,8 @@ def _run(config: RunConfig, run_dir: Path, fresh: bool, step: int | None) -> Out
                 ranks, lambda: write_config(config, run_dir / CONFIG) if ranks.rank == 0 else None
             )
             _say(monitors, _facts(config, ranks, train_set))
+            if ranks.ctas is not None:
+                _say(monitors, _room(ranks))
             _say(monitors, _start(run_dir, fresh, checkpoint, trainer))
             if trainer.step >= config.train.steps:
                 return Outcome(trainer.step, True, {})
@@ -167,6 +169,12 @@ def _facts(config: RunConfig, ranks: Ranks, dataset: TokenDataset) -> str:
         f"{len(dataset):,} sequences of {dataset.sequence} tokens; {processes}{split} on "
         f"{ranks.device.type} in {precision}"
     )
+
+
+def _room(ranks: Ranks) -> str:
+    """One line on what NCCL is limited to."""
+    axes = ", ".join(ranks.layout.beside)
+    return f"NCCL takes up to {ranks.ctas} CTAs beside the fused exchange (groups: {axes})"
 
 
 def _start(run_dir: Path, fresh: bool, checkpoint: Path | None, trainer: Trainer) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from coterie.comm import nccl
 from coterie.comm.axis import Axes
 from coterie.comm.gloo import schedule_as_batch
 from coterie.comm.objects import gather_objects
@@ -34,6 +35,9 @@ class Ranks:
     """gloo, all ranks: for objects on the host. None: a single process."""
     saving: ProcessGroup | None = None
     """gloo, all ranks: for the thread that saves checkpoints while the main thread uses others."""
+    ctas: int | None = None
+    """What NCCL may take for a collective that runs beside the fused exchange; None: all it likes,
+    or there is none."""
 
     @property
     def world(self) -> int:
@@ -80,11 +84,12 @@ def on_nodes(config: LayoutConfig) -> LayoutConfig:
     return config.model_copy(update={"node": int(found)})
 
 
-def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:
+def start(layout: Layout, timeout: float, gpus: bool = True, fused: bool = False) -> Ranks:
     """Join the run: one CUDA device for each local rank where there is one, else the CPU; without
     ``gpus`` always that.
 
-    ``timeout``: seconds that a collective may take before it ends with an error.
+    ``timeout``: seconds that a collective may take before it ends with an error. ``fused``: leave
+    room for the fused exchange.
     """
     rank, world = world_from_environment()
     device = torch.device("cpu")
@@ -94,6 +99,7 @@ def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:
     if world == 1:
         return Ranks(rank, device, layout)
 
+    ctas = nccl.ctas(len(layout.beside)) if fused and device.type == "cuda" else None
     limit = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=limit))
     if device.type == "cpu":
@@ -113,7 +119,7 @@ def start(layout: Layout, timeout: float, gpus: bool = True) -> Ranks:
             "nodes have different numbers of ranks: set parallel.node, or a model.moe.exchange "
             "that does not ask for nodes, as route nodes and kind fused do"
         )
-    return make_groups(layout, device, limit)
+    return make_groups(layout, device, limit, ctas)
 
 
 def _device_index() -> int:
@@ -133,20 +139,26 @@ _made: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {}
 """Groups of this process: one for each set of ranks and use, also over several layouts."""
 
 
-def make_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Ranks:
-    """The run's groups, out of the default process group; all its ranks call."""
+def make_groups(
+    layout: Layout, device: torch.device, timeout: timedelta, ctas: int | None = None
+) -> Ranks:
+    """The run's groups, out of the default process group; all its ranks call. ``ctas``: see
+    ``Ranks``; those of a group are for as long as it lives."""
     rank = dist.get_rank()
     groups: dict[str, ProcessGroup] = {}
     for axis in AXES:
         # axes over the same ranks share a group, but what moves parameters has groups of its own:
         # it runs beside what moves activations
         use = "state" if "shard" in axis or "replicate" in axis else "activations"
+        options = nccl.options(ctas) if ctas is not None and axis in layout.beside else None
+        if options is not None:
+            use = "beside fused"
         for members in layout.groups(axis).tolist():
             if len(members) == 1:
                 continue
             key = (use, tuple(members))
             if key not in _made:
-                _made[key] = dist.new_group(members, timeout=timeout)
+                _made[key] = dist.new_group(members, timeout=timeout, pg_options=options)
             if rank in members:
                 groups[axis] = _made[key]
     for name in ("control", "saving"):
@@ -155,7 +167,7 @@ def make_groups(layout: Layout, device: torch.device, timeout: timedelta) -> Ran
             _made[key] = dist.new_group(backend="gloo", timeout=timeout)
     everyone = tuple(range(layout.world))
     return Ranks(
-        rank, device, layout, groups, _made["control", everyone], _made["saving", everyone]
+        rank, device, layout, groups, _made["control", everyone], _made["saving", everyone], ctas
     )
 
 

@@ -212,6 +212,16 @@ class Layout:
             return by_node.transpose(0, 2, 1).reshape(-1, by_node.shape[1])
         return groups
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Axes whose collectives run on streams of their own while their ranks compute: FSDP's and
+        the pipeline's. Others are waited for before anything else is done."""
+        found = ["pp"] if self.pp > 1 else []
+        for kind, shards in (("", self.shard), ("expert_", self.expert_shard)):
+            if shards > 1:
+                found += [kind + "shard", kind + "replicate"]
+        return tuple(axis for axis in found if self.groups(axis).shape[1] > 1)
+
     def coordinates(self, rank: int) -> Coordinates:
         """Where ``rank`` is."""
         found: dict[str, int] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from coterie.comm import nccl
 from coterie.comm.exchange.base import SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
 from coterie.comm.exchange.fused import passes
@@ -21,9 +22,6 @@ from coterie.csrc.fused import Here, Hidden, Manner
 from coterie.csrc.fused_plan import Plan
 
 _MANNER = Manner()
-_SPARED = 16
-"""Multiprocessors left to collectives on other streams: a launch waits for other ranks, which may
-wait for this one in NCCL."""
 
 
 class FusedExchange(ExchangeBetweenRanks):
@@ -31,7 +29,8 @@ class FusedExchange(ExchangeBetweenRanks):
 
     For SwiGLU experts; widths as :mod:`coterie.csrc.fused` accepts them. ``manner``: how launches
     are worked off. Equal inputs give equal bits. It has no meters: ranks wait for each other inside
-    kernels.
+    kernels. NCCL groups that run beside it on other streams need the options of
+    :mod:`coterie.comm.nccl`.
 
     Raises:
         ValueError: more ranks than a domain has.
@@ -72,11 +71,11 @@ class FusedExchange(ExchangeBetweenRanks):
 
 
 def _spared(manner: Manner, device: torch.device) -> Manner:
-    """``manner`` with as many blocks as leave room for others, unless it says how many."""
+    """``manner`` with as many blocks as leave room for NCCL, unless it says how many."""
     if manner.blocks or device.type != "cuda":
         return manner
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return manner._replace(blocks=count - _SPARED)
+    return manner._replace(blocks=count - nccl.SPARED)
 
 
 class _Way(NamedTuple):
