@@ -167,6 +167,11 @@ def _exchange(plan: "Plan") -> str:
     """Which route is the fastest, beside the others."""
     now, best = plan.route, plan.best_route
     assert best is not None
+    if plan.work.fused:
+        return (
+            f"exchange: fused, {_seconds(plan.routes[best])} a layer and micro-batch if nothing of "
+            "it were hidden; how much is hidden is not planned"
+        )
     took = [f"{name} {_seconds(s)}" for name, s in plan.routes.items() if name != best]
     return (
         f"exchange: route {best} {'takes' if best == now else 'would take'} "

@@ -62,6 +62,13 @@ def routes(layout: Layout) -> tuple[Route, ...]:
     return ("rows", "tokens", "nodes") if 1 < layout.expert_node < ranks else ("rows", "tokens")
 
 
+def arriving(work: Workload, experts: int, holders: int, shares: int) -> int:
+    """Tokens that arrive at one of ``holders`` of a layer of ``experts``, which has those of
+    ``shares`` ranks of ep."""
+    held = min(experts, work.skew * shares * experts / work.layout.ep)
+    return round(work.own * holders * hit(experts, held, work.choices, *work.groups))
+
+
 def route_of(work: Workload) -> Route:
     """The one that is taken where ``work`` names one that others stand for."""
     return work.route if work.route in routes(work.layout) or work.route == "rows" else "tokens"
@@ -74,9 +81,7 @@ def legs(work: Workload, layer: int) -> list[Leg]:
     rows, loads = inside.received, experts * layout.etp
 
     def tokens(holders: int, shares: int) -> int:
-        """That arrive at one of ``holders``, which has the experts of ``shares`` ranks of ep."""
-        held = min(experts, work.skew * shares * experts / layout.ep)
-        return round(inside.own * holders * hit(experts, held, work.choices, *work.groups))
+        return arriving(inside, experts, holders, shares)
 
     route = route_of(work)
     if route == "rows":

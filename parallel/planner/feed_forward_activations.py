@@ -13,6 +13,7 @@ from coterie.moe.routers.random_fixed import RandomFixedConfig
 from coterie.moe.routers.sinkhorn import SinkhornConfig
 from coterie.moe.routers.top_k import TopKConfig
 from coterie.parallel.planner.activations import Held, cast_weights, norm
+from coterie.parallel.planner.fused import fused
 from coterie.parallel.planner.workload import INT, Workload
 
 PADDED = 32
@@ -77,15 +78,14 @@ def moe_half(work: Workload, count: int) -> Held:
     tokens, width = work.own, work.model.width
     stream = tokens * width * work.whole
     routing = router(work, count)
-    rows = exchange(work)
-    experts_ = experts(work, count)
+    away = fused(work, count) if work.fused else exchange_and_experts(work, count)
     # a router that learns keeps its input, unless attention's half has kept it as it is
     learns = not isinstance(config.router, RandomFixedConfig | HashConfig)
     jitter = isinstance(config.router, TopKConfig) and config.router.jitter
     routed = learns and not (config.route_before_attention and not jitter)
-    kept = norm(work) + routed * stream + routing + rows.kept + experts_.kept
-    forward = norm(work) + stream + routing + rows.forward + experts_.forward
-    backward = stream + max(rows.backward + experts_.backward, 0)
+    kept = norm(work) + routed * stream + routing + away.kept
+    forward = norm(work) + stream + routing + away.forward
+    backward = stream + away.backward
     if config.shared is not None:
         shared = feed_forward(work, config.shared)
         # the input is the router's; only casting or gathering makes another
@@ -103,6 +103,14 @@ def moe_half(work: Workload, count: int) -> Held:
             kept += (tokens + 2) * width * work.half if work.autocast else 0
         backward = max(backward, stream + shared.backward)
     return Held(kept, max(kept + 2 * stream, forward), backward)
+
+
+def exchange_and_experts(work: Workload, count: int) -> Held:
+    """One after the other."""
+    rows, inner = exchange(work), experts(work, count)
+    return Held(
+        rows.kept + inner.kept, rows.forward + inner.forward, rows.backward + inner.backward
+    )
 
 
 def router(work: Workload, experts_: int) -> int:

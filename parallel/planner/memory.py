@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from coterie.parallel.planner.activations import modalities
 from coterie.parallel.planner.attention_activations import rotations
+from coterie.parallel.planner.fused import windows
 from coterie.parallel.planner.muon import matrices, muon_bytes, orthogonalising
 from coterie.parallel.planner.parameters import UnitSize, unit_sizes, units_of
 from coterie.parallel.planner.pieces import Pieces, Stage
@@ -23,8 +24,8 @@ class Memory:
     activations: int
     """What micro-batches under way keep for their backward passes."""
     buffers: int
-    """The step's batches, the rotation's tables, the tokens of modalities, and the pipeline's
-    buffers for receiving."""
+    """The step's batches, the rotation's tables, the tokens of modalities, the pipeline's buffers
+    for receiving, and the fused exchange's windows."""
     gathered: int
     """Parameters that FSDP has gathered."""
     temporary: int
@@ -46,7 +47,11 @@ def memory(work: Workload, pp: int, pieces: Pieces | None = None) -> Memory:
     static = _Static(
         parameters=sharded,
         optimizer=sum(unit.moments(work) for unit in sizes) * work.whole,
-        buffers=batches(work) + rotations(work) + modalities(work) + receive_buffers(work, pp),
+        buffers=batches(work)
+        + rotations(work)
+        + modalities(work)
+        + receive_buffers(work, pp)
+        + windows(work, pp),
     )
     peaks = [
         *_while_running(work, pp, held, static, sizes),

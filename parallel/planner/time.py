@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from coterie.comm.exchange.config import Route
 from coterie.parallel.layout import Layout
-from coterie.parallel.planner.exchange import routes
+from coterie.parallel.planner.exchange import route_of, routes
 from coterie.parallel.planner.flops import stage_flops
 from coterie.parallel.planner.machine import Machine
 from coterie.parallel.planner.muon import matrices, newton_schulz_flops
@@ -136,7 +136,7 @@ def _one(links: Links, machine: Machine, collective: Collective) -> float:
 
 def route_seconds(work: Workload, machine: Machine, links: Links) -> dict[Route, float]:
     """The exchange of one layer of experts in both passes over a micro-batch (the mean of layers),
-    for each route that the layout has."""
+    for each route that the layout has; with the fused exchange for its own, which rules name."""
     model = work.model
     layers = [layer for layer in range(model.layers) if model.is_moe(layer)]
     kinds = {(model.experts_of(n), model.depths_of(n)): n for n in layers}
@@ -150,7 +150,8 @@ def route_seconds(work: Workload, machine: Machine, links: Links) -> dict[Route,
         of_layers = [of_kind[model.experts_of(n), model.depths_of(n)] for n in layers]
         return sum(of_layers) / len(layers)
 
-    return {route: seconds(route) for route in routes(work.layout)}
+    possible = (route_of(work),) if work.fused else routes(work.layout)
+    return {route: seconds(route) for route in possible}
 
 
 def _update(work: Workload, machine: Machine, pp: int) -> float:

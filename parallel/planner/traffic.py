@@ -163,7 +163,10 @@ def exchanges(work: Workload, layers: list[int], stage: int | None = None) -> It
         yield from facts("places of rows", axis, "all-to-all", told * INT, runs)
         yield from both("weights of rows", axis, "all-to-all", told * work.whole, runs)
         elements = travelling * work.model.width
-        yield from both("dispatch", axis, "all-to-all", elements * work.whole, runs)
+        # fused kernels read bfloat16; else activations go as they are
+        inside = work.fused and axis == legs(work, layers[0])[-1].axis
+        size = work.half if inside else work.whole
+        yield from both("dispatch", axis, "all-to-all", elements * size, runs)
         yield from both("combine", axis, "all-to-all", elements * work.half, runs)
 
 

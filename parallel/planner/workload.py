@@ -46,6 +46,13 @@ class Workload:
     """Of the exchange."""
 
     @property
+    def fused(self) -> bool:
+        """Whether ranks exchange rows in fused kernels."""
+        moe = self.model.moe
+        exchanging = self.layout.ep * self.layout.etp > 1
+        return moe is not None and moe.exchange.kind == "fused" and exchanging
+
+    @property
     def whole(self) -> int:
         """Bytes of a weight, and of the residual stream."""
         return 8 if self.compute == "fp64" else 4
