@@ -32,14 +32,14 @@ TILE_COLUMNS = (256, 128)
 MOST_RANKS, MOST_SLABS = 64, 16
 FLAG_BYTES = 1024
 """At the start of a window; all 0 before its first use."""
-_READY = 16  # counters before those of tiles or slabs
+_READY = 16 + MOST_RANKS  # counters before those of tiles or slabs
 
 _FIELDS = (
     *("rank", "ranks", "epoch", "window_R", "rows_at", "home_at", "begin_R", "before_R1"),
     *("source_P", "row_P", "weight_P", "tiles", "expert_Q", "order_Q", "run_Q2", "span_L2"),
     *("offset_V1", "place_N", "pool_rows", "experts", "width", "hidden", "inner", "pool_PD"),
     *("left_PK", "weights", "hidden_PH", "act_PF", "grad_PH", "partial_PN", "counters"),
-    *("failure", "patience", "pulls", "closes", "slabs", "pace"),
+    *("failure", "patience", "pulls", "closes", "slabs", "pace", "waits"),
 )
 """Of ``Rank`` in csrc/fused_kernels/rank.h, in its order."""
 
@@ -96,6 +96,9 @@ class Here(NamedTuple):
     epoch: int
     """Number of this dispatch or its combine: one more for each dispatch, from 1 on, equal on all
     ranks."""
+    waits_2R: Tensor | None = None
+    """int64, on the device: launches add the nanoseconds that they waited for each rank, for its
+    rows and for its end (of a launch the longest for its rows)."""
 
 
 class Hidden(NamedTuple):
@@ -396,6 +399,7 @@ def _row(
         "patience": int(manner.patience * 1e9),
         "slabs": 1,
         "pace": manner.pace,
+        "waits": one.waits_2R,
         **fields,
     }
     words, keeps = [], []

@@ -59,11 +59,11 @@ class ExchangeTime:
 
 
 class ExchangeClock:
-    """The meters of this rank's layers, for one step."""
+    """The meters of this rank's layers, and what their launches note, for one step."""
 
     def __init__(self, model: ParallelModel) -> None:
         self._everyone, self._device = model.ranks.everyone, model.ranks.device
-        self._meters = model.meters
+        self._meters, self._waits = model.meters, model.waits
         self._taken: list[Taken] = []
 
     @contextmanager
@@ -72,11 +72,16 @@ class ExchangeClock:
         for meter in self._meters:
             meter.take()  # of a step that failed
             meter.on = True
+        for waits in self._waits:
+            waits.take()
+            waits.on = True
         try:
             yield
         finally:
             for meter in self._meters:
                 meter.on = False
+            for waits in self._waits:
+                waits.on = False
         self._taken = [meter.take() for meter in self._meters]
 
     def count(self, tally: Tally) -> None:
@@ -85,6 +90,8 @@ class ExchangeClock:
         for taken in self._taken:
             tally.count("exchange.counts", taken.counts)
             tally.count("exchange.exposed", taken.exposed)
+        for waits in self._waits:
+            tally.wait(waits.members, waits.take())
 
     def over_ranks(self, totals: Totals, step: float, resend: bool) -> ExchangeTime | None:
         """Of a step that took ``step`` seconds; None: no rank exchanges rows. With ``resend`` its

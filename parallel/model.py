@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from coterie.comm.exchange.fused.waits import Waits
 from coterie.comm.exchange.meter import Meter
 from coterie.models import Decoder, DecoderConfig, initialise
 from coterie.models.decoder import Recompute
@@ -86,6 +87,11 @@ class ParallelModel(nn.Module):
     def meters(self) -> list[Meter]:
         """Of its layers' exchanges, in the order of the model; none where no rows leave a rank."""
         return [meter for layer in self._moe_layers for meter in layer.exchange.meters]
+
+    @property
+    def waits(self) -> list[Waits]:
+        """Of their launches, where these wait for other ranks."""
+        return [waits for layer in self._moe_layers for waits in layer.exchange.waits]
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters by global name; sharded ones are DTensors."""

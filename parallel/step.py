@@ -17,6 +17,7 @@ from coterie.parallel.finite import require_finite
 from coterie.parallel.forward import through_stages
 from coterie.parallel.frozen import update_frozen
 from coterie.parallel.gradients import clip, global_norm, sum_gradients
+from coterie.parallel.late_ranks import LateRanks, late_ranks
 from coterie.parallel.load import LayerLoad
 from coterie.parallel.micro_batch import token_info
 from coterie.parallel.model import ParallelModel, Stage
@@ -49,6 +50,8 @@ class StepReport:
     """Some rank was asked to stop."""
     exchange: ExchangeTime | None = None
     """What the exchanges between ranks took; None: all experts are on every rank."""
+    late: LateRanks | None = None
+    """Which ranks the fused exchange waited for; None: there is none."""
 
     @property
     def load(self) -> dict[int, list[int]]:
@@ -130,6 +133,8 @@ def train_step(
     if not model.config.auxiliary:
         rows = {layer: load.rows_E.tolist() for layer, load in totals.layers.items()}
         update_frozen(model, rows)
+    moe = model.config.moe
+    by_nodes = moe is not None and moe.exchange.route == "nodes"
     seconds = time.perf_counter() - started
     return StepReport(
         step=step,
@@ -142,6 +147,7 @@ def train_step(
         seconds=seconds,
         stop=totals.numbers["stop"] > 0,
         exchange=clock.over_ranks(totals, seconds, settings.resend),
+        late=late_ranks(totals, model.ranks, by_nodes),
     )
 
 

@@ -45,9 +45,20 @@ class Tally:
         }
         """Counts in the order of ``_counted``, then the entropy."""
 
+        fused = config.moe is not None and config.moe.exchange.kind == "fused"
+        self.waits_2W = torch.zeros(
+            2, ranks.world if fused else 0, dtype=torch.float64, device=ranks.device
+        )
+        """Seconds that this rank's launches waited for each rank: for its rows, for its end."""
+
     def count(self, name: str, value: Tensor | float) -> None:
         """Add to one of the numbers."""
         self.numbers[name] += value.detach() if isinstance(value, Tensor) else value
+
+    def wait(self, members: list[int], seconds_2R: Tensor | None) -> None:
+        """Add what this rank's launches waited for the ranks ``members``."""
+        if seconds_2R is not None:
+            self.waits_2W[:, members] += seconds_2R
 
     def routing(self, losses: dict[str, Tensor], stats: dict[int, LayerStats]) -> None:
         """Add what the layers report of one micro-batch."""
@@ -61,16 +72,18 @@ class Tally:
     def over_ranks(self) -> "Totals":
         """The sums over all ranks, on the host. All ranks call."""
         own = {layer: self._with_ranks(layer, sums) for layer, sums in self.layers.items()}
-        parts = [value.view(1) for value in self.numbers.values()] + list(own.values())
+        parts = [value.view(1) for value in self.numbers.values()]
+        parts += [self.waits_2W.view(-1), *own.values()]
         values = sum_over(torch.cat(parts), self._ranks.everyone).cpu().numpy()
         count = len(self.numbers)
-        numbers = dict(zip(self.numbers, values[:count].tolist(), strict=True))
+        numbers, waits, counts = np.split(values, [count, count + self.waits_2W.numel()])
+        named = dict(zip(self.numbers, numbers.tolist(), strict=True))
         ends = np.cumsum([sums.numel() for sums in own.values()])[:-1]
         layers = {
             layer: _load(of_layer, self._config.experts_of(layer))
-            for layer, of_layer in zip(own, np.split(values[count:], ends), strict=False)
+            for layer, of_layer in zip(own, np.split(counts, ends), strict=False)
         }
-        return Totals(numbers, layers)
+        return Totals(named, layers, waits.reshape(2, -1))
 
     def _with_ranks(self, layer: int, sums: Tensor) -> Tensor:
         """``sums``, then the rows that this rank's tokens give each rank of its stage."""
@@ -89,6 +102,8 @@ class Totals:
 
     numbers: dict[str, float]
     layers: dict[int, LayerLoad]
+    waits_2W: npt.NDArray[np.float64]
+    """As in ``Tally``; W counts the ranks of the run, if they have such launches, else none."""
 
     @property
     def router_losses(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ class StayingRows:
     place of the one it was meant for. As many rows, on as many experts, for each rank."""
 
     meters = ()
+    waits = ()
 
     def __init__(self, group: ProcessGroup) -> None:
         self.rank, self.ranks = group.rank(), group.size()

@@ -30,6 +30,7 @@ class TwoChunkExchange:
     """
 
     meters = ()
+    waits = ()
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group

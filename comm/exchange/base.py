@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from coterie.comm.exchange.fused.waits import Waits
 from coterie.comm.exchange.meter import Meter
 
 
@@ -135,6 +136,10 @@ class Exchange(Protocol):
     @property
     def meters(self) -> Sequence[Meter]:
         """What it takes is counted in, for each group of ranks that it exchanges between."""
+
+    @property
+    def waits(self) -> Sequence[Waits]:
+        """What its launches note of ranks that come late, where it has such launches."""
 
     def __call__(self, x_TD: Tensor, assignment: Rows, experts: SplitExperts) -> Tensor:
         """y_TD = Σ over the token's rows of weight · expert(x). Every rank of the group calls."""

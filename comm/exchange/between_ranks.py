@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from coterie.comm.exchange.base import Exchange, Rows, SplitExperts
+from coterie.comm.exchange.fused.waits import Waits
 from coterie.comm.exchange.meter import Meter
 from coterie.comm.exchange.rounds import plan, rows_of_rounds
 from coterie.comm.exchange.rows import all_to_all_rows
@@ -98,6 +99,7 @@ class ExchangeBetweenRanks(ABC):
         self.onward = onward
         self.again = Again()
         self.meters: Sequence[Meter] = (self.meter, *(onward.meters if onward else ()))
+        self.waits: Sequence[Waits] = onward.waits if onward else ()
 
     @abstractmethod
     def travel(self, sent_AD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:

@@ -14,6 +14,7 @@ class LocalExchange:
     rank = 0
     ranks = 1
     meters = ()
+    waits = ()
 
     def __call__(self, x_TD: Tensor, assignment: Rows, experts: ExpertFunction) -> Tensor:
         inverse = invert(assignment.token_A, x_TD.shape[0])

@@ -65,6 +65,10 @@ __device__ inline void complain(
   __trap();
 }
 
+__device__ __forceinline__ bool reached(uint32_t value, uint32_t wanted) {
+  return static_cast<int32_t>(value - wanted) >= 0;
+}
+
 // Waits until an epoch or a count is reached. `index`: the tile, slab or rank that is waited for.
 // What waits for this rank's own work waits longer: the cause is to complain, not the consequence.
 template <bool kSystem>
@@ -72,9 +76,9 @@ __device__ void wait(
     const Rank& rank, const uint32_t* at, uint32_t wanted, Complaint what, int64_t index) {
   auto seen = [&] { return kSystem ? acquire_system(at) : acquire(at); };
   uint32_t value = seen();
-  if (static_cast<int32_t>(value - wanted) >= 0) return;
+  if (reached(value, wanted)) return;
   const int64_t until = nanoseconds() + (kSystem ? 1 : 2) * rank.patience;
-  while (static_cast<int32_t>((value = seen()) - wanted) < 0) {
+  while (!reached(value = seen(), wanted)) {
     if (nanoseconds() > until) complain(rank, what, index, wanted, value);
     rest();
   }
@@ -91,14 +95,26 @@ __device__ inline void tell_filled(const Rank& rank) {
   }
 }
 
+// Notes how long another rank was waited for: since `began`.
+__device__ inline void note_wait(const Rank& rank, int64_t index, int64_t began) {
+  auto* waits = reinterpret_cast<unsigned long long*>(rank.waits);
+  atomicAdd(&waits[index], static_cast<unsigned long long>(nanoseconds() - began));
+}
+
+// By one thread of each warp that needs them; the first one to wait, which waits longest, notes it.
 __device__ inline void wait_filled(const Rank& rank, int64_t source) {
-  wait<true>(
-      rank, &flags(rank, rank.rank)->filled_R[source], static_cast<uint32_t>(rank.epoch), kFilled,
-      source);
+  const uint32_t* at = &flags(rank, rank.rank)->filled_R[source];
+  const auto epoch = static_cast<uint32_t>(rank.epoch);
+  if (reached(acquire_system(at), epoch)) return;
+  const bool first = rank.waits && atomicAdd(&rank.counters[kAwaited + source], 1u) == 0;
+  const int64_t began = nanoseconds();
+  wait<true>(rank, at, epoch, kFilled, source);
+  if (first) note_wait(rank, source, began);
 }
 
 // Of the blocks that call it, the last one tells all ranks that this one is done with them, and
-// waits until they are; by one thread of each block, after all of its threads have finished.
+// waits until they are; by one thread of each block, after all of its threads have finished. What is
+// noted of each rank counts from here, so that the last to come stands out.
 __device__ inline void close(const Rank& rank, unsigned blocks) {
   __threadfence_system();
   if (atomicAdd(&rank.counters[kFinished], 1u) != blocks - 1) return;
@@ -107,8 +123,12 @@ __device__ inline void close(const Rank& rank, unsigned blocks) {
   for (int64_t peer = 0; peer < rank.ranks; ++peer) {
     release_system(&flags(rank, peer)->done_R[rank.rank], epoch);
   }
+  const int64_t began = nanoseconds();
   for (int64_t peer = 0; peer < rank.ranks; ++peer) {
-    wait<true>(rank, &flags(rank, rank.rank)->done_R[peer], epoch, kDone, peer);
+    const uint32_t* at = &flags(rank, rank.rank)->done_R[peer];
+    if (reached(acquire_system(at), epoch)) continue;
+    wait<true>(rank, at, epoch, kDone, peer);
+    if (rank.waits) note_wait(rank, rank.ranks + peer, began);
   }
 }
 

@@ -65,12 +65,14 @@ struct Rank {
   int64_t closes;                   // dispatch: wait until all ranks have pulled
   int64_t slabs;                    // combine: runs of columns, one after the other
   int64_t pace;                     // bytes per us that cross; 0: as fast as it goes
+  uint64_t* waits;                  // ns waited for each rank's rows (R), for its end (R); may be null
 };
 
 // Of the counters.
 constexpr int kNextTile = 0, kNextPull = 1, kNextPut = 2, kFinished = 3;
 constexpr int kLinkBusy = 4;  // two of them
-constexpr int kReady = 16, kSlab = 16;
+constexpr int kAwaited = 16;  // of each rank, how many warps have begun to wait for its rows
+constexpr int kReady = kAwaited + kMostRanks, kSlab = kReady;
 
 // At the start of a window: for each other rank the epoch in which its rows are there, and that in
 // which it has put (or pulled) everything.

@@ -18,9 +18,11 @@ def due(report: StepReport, every: int, steps: int) -> bool:
 
 
 def exchange_figures(report: StepReport) -> dict[str, float]:
-    """What the exchanges between ranks took, by name; nothing where there are none."""
+    """What the exchanges between ranks took, and which rank came late, by name; nothing where there
+    are none."""
     figures = report.exchange.figures if report.exchange else {}
-    return {f"exchange/{name}": value for name, value in figures.items()}
+    late = report.late.figures if report.late else {}
+    return {f"exchange/{name}": value for name, value in (figures | late).items()}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class JsonLines(Monitor):
                 "tokens": report.tokens,
                 "tokens_per_second": report.tokens / report.seconds,
                 **exchange_figures(report),
+                **_waited_for(report),
                 "skew": report.skew,
                 "rank_skew": report.rank_skew,
                 "dropped": sum(report.dropped.values()),
@@ -66,6 +67,13 @@ class JsonLines(Monitor):
         """Append a line."""
         assert self._file is not None, "start() comes first"
         self._file.write(json.dumps(record) + "\n")
+
+
+def _waited_for(report: StepReport) -> dict[str, object]:
+    """How long the fused exchange waited for each rank."""
+    if report.late is None:
+        return {}
+    return {"waited_for_ms": [round(1e3 * seconds, 3) for seconds in report.late.each_W]}
 
 
 class LoadLines(Monitor):

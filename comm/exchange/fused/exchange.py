@@ -16,6 +16,7 @@ from coterie.comm import nccl
 from coterie.comm.exchange.base import SplitExperts
 from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
 from coterie.comm.exchange.fused import passes
+from coterie.comm.exchange.fused.waits import Waits
 from coterie.comm.exchange.fused.windows import Domain, domain_of
 from coterie.csrc import fused, fused_plan
 from coterie.csrc.fused import Here, Hidden, Manner
@@ -29,8 +30,8 @@ class FusedExchange(ExchangeBetweenRanks):
 
     For SwiGLU experts; widths as :mod:`coterie.csrc.fused` accepts them. ``manner``: how launches
     are worked off. Equal inputs give equal bits. It has no meters: ranks wait for each other inside
-    kernels. NCCL groups that run beside it on other streams need the options of
-    :mod:`coterie.comm.nccl`.
+    kernels, which note that in ``waits``. NCCL groups that run beside it on other streams need the
+    options of :mod:`coterie.comm.nccl`.
 
     Raises:
         ValueError: more ranks than a domain has.
@@ -49,6 +50,7 @@ class FusedExchange(ExchangeBetweenRanks):
         self.manner = manner
         self.domain = domain
         self.meters = ()
+        self.waits = (Waits(group),)
 
     def travel(self, sent_VD: Tensor, trip: Trip, experts: SplitExperts) -> Tensor:
         """One launch there and one back."""
@@ -60,7 +62,8 @@ class FusedExchange(ExchangeBetweenRanks):
             trip.load_SL, trip.visit_A, trip.weight_A, trip.received_R, trip.begin_S, self.rank
         )
         manner = _spared(self.manner, sent_VD.device)
-        way = _Way(self.domain(self.group, sent_VD.shape[1]), plan, trip.most, manner)
+        domain = self.domain(self.group, sent_VD.shape[1])
+        way = _Way(domain, plan, trip.most, manner, self.waits[0])
         sent_VD = sent_VD.to(w_in_EHD.dtype)
         keeps = _Keeps(torch.is_grad_enabled(), experts.keeps)
         home = not self.again.on
@@ -85,10 +88,12 @@ class _Way(NamedTuple):
     plan: Plan
     most: int
     manner: Manner
+    waits: Waits
 
     def here(self) -> list[Here]:
         """This rank, for the next dispatch."""
-        return [self.domain.here(self.plan, self.most)]
+        noted_2R = self.waits.of_launch(self.plan.begin_S.device)
+        return [self.domain.here(self.plan, self.most)._replace(waits_2R=noted_2R)]
 
 
 class _Keeps(NamedTuple):
