@@ -36,10 +36,11 @@ _READY = 16 + MOST_RANKS  # counters before those of tiles or slabs
 
 _FIELDS = (
     *("rank", "ranks", "epoch", "window_R", "rows_at", "home_at", "begin_R", "before_R1"),
-    *("source_P", "row_P", "weight_P", "tiles", "expert_Q", "order_Q", "run_Q2", "span_L2"),
-    *("offset_V1", "place_N", "pool_rows", "experts", "width", "hidden", "inner", "pool_PD"),
-    *("left_PK", "weights", "hidden_PH", "act_PF", "grad_PH", "partial_PN", "counters"),
-    *("failure", "patience", "pulls", "closes", "slabs", "pace", "waits"),
+    *("source_P", "row_P", "weight_P", "tiles", "expert_Q", "order_Q", "round_Q", "run_Q2"),
+    *("span_L2", "offset_V1", "place_N", "pool_rows", "experts", "width", "hidden"),
+    *("inner", "pool_PD", "left_PK", "weights", "hidden_PH", "act_PF", "grad_PH"),
+    *("partial_PN", "counters", "failure", "patience", "pulls", "closes", "slabs", "pace"),
+    "waits",
 )
 """Of ``Rank`` in csrc/fused_kernels/rank.h, in its order."""
 
@@ -385,6 +386,7 @@ def _row(
         "tiles": tile[wide - 1 :],
         "expert_Q": tile[wide:],
         "order_Q": tile if arrival else None,
+        "round_Q": tile[2 * wide :],
         "run_Q2": tile[(3 if arrival else 5) * wide :],
         "span_L2": plan.span_L2,
         "offset_V1": plan.offset_V1,

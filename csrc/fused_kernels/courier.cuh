@@ -1,5 +1,5 @@
-// A warp's copies from one place in global memory to another, through its share of shared memory:
-// several on the way at a time, without passing through registers.
+// A warp's copies of rows from one place in global memory to several others, through its share of
+// shared memory: read once, several on the way at a time, without passing through registers.
 #pragma once
 
 #include "../device.cuh"
@@ -10,20 +10,33 @@ namespace coterie::fused {
 constexpr int kSlots = 4;        // pieces of a warp in shared memory
 constexpr int kPiece = 4 << 10;  // bytes
 
+// Rows of a matrix, the numbers of which lie in memory.
+struct Places {
+  const int32_t* row;
+  int count;
+};
+
 #ifdef COTERIE_ON_HOST
 
 struct CourierStorage {};
 
 class Courier {
  public:
-  Courier(CourierStorage*, int) {}
-  void bring(void* to, const void* from, int64_t bytes) {
-    for (int64_t i = threadIdx.x % kWarp * 16; i < bytes; i += kWarp * 16) {
-      std::memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, 16);
+  Courier(CourierStorage*, int, Number* matrix, int64_t width) : matrix_(matrix), width_(width) {}
+  void bring(const Places& to, const void* from) {
+    for (int n = 0; n < to.count; ++n) {
+      Number* row = matrix_ + to.row[n] * width_;
+      for (int64_t i = threadIdx.x % kWarp * 8; i < width_; i += kWarp * 8) {
+        std::memcpy(row + i, static_cast<const Number*>(from) + i, 16);
+      }
     }
   }
   void finish() {}
   void leave() {}
+
+ private:
+  Number* matrix_;
+  int64_t width_;
 };
 
 #else
@@ -33,7 +46,8 @@ struct CourierStorage {
   alignas(128) unsigned char piece[kWarps][kSlots][kPiece];
   uint64_t arrived[kWarps][kSlots];
   struct {
-    void* to;
+    Places to;
+    int64_t at;  // in each of these rows
     uint32_t bytes;
   } bound[kWarps][kSlots];
 };
@@ -42,11 +56,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Its first lane does the work; all lanes of the warp call it alike. Loads run up to kSlots - 1
+// To rows of a matrix `width` wide. Its first lane does the work; all lanes of the warp call it alike. Loads run up to kSlots - 1
 // pieces ahead of stores: one slot's store may still be reading.
 class Courier {
  public:
-  __device__ Courier(CourierStorage* storage, int warp) : storage_(storage), warp_(warp) {
+  __device__ Courier(CourierStorage* storage, int warp, Number* matrix, int64_t width)
+      : storage_(storage),
+        warp_(warp),
+        matrix_(reinterpret_cast<char*>(matrix)),
+        bytes_(width * static_cast<int64_t>(sizeof(Number))) {
     if (!leads()) return;
     for (int slot = 0; slot < kSlots; ++slot) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived(slot)) : "memory");
@@ -55,11 +73,11 @@ class Courier {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
 
-  __device__ void bring(void* to, const void* from, int64_t bytes) {
+  __device__ void bring(const Places& to, const void* from) {
     if (!leads()) return;
-    for (int64_t done = 0; done < bytes; done += kPiece) {
-      const auto size = static_cast<uint32_t>(bytes - done < kPiece ? bytes - done : kPiece);
-      load(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, size);
+    for (int64_t done = 0; done < bytes_; done += kPiece) {
+      const auto size = static_cast<uint32_t>(bytes_ - done < kPiece ? bytes_ - done : kPiece);
+      load(to, done, static_cast<const char*>(from) + done, size);
     }
   }
 
@@ -85,12 +103,12 @@ class Courier {
     return shared_address(&storage_->arrived[warp_][slot]);
   }
 
-  __device__ void load(void* to, const void* from, uint32_t bytes) {
+  __device__ void load(const Places& to, int64_t at, const void* from, uint32_t bytes) {
     if (loaded_ - stored_ == kSlots - 1) store();
     // all stores but the youngest have left their slots
     asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
     const uint32_t slot = loaded_ % kSlots;
-    storage_->bound[warp_][slot] = {to, bytes};
+    storage_->bound[warp_][slot] = {to, at, bytes};
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived(slot)), "r"(bytes)
         : "memory");
@@ -112,17 +130,22 @@ class Courier {
           : "r"(arrived(slot)), "r"(parity)
           : "memory");
     }
-    asm volatile(
-        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-            storage_->bound[warp_][slot].to),
-        "r"(shared_address(storage_->piece[warp_][slot])), "r"(storage_->bound[warp_][slot].bytes)
-        : "memory");
+    const auto& bound = storage_->bound[warp_][slot];
+    for (int n = 0; n < bound.to.count; ++n) {
+      asm volatile(
+          "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+              matrix_ + bound.to.row[n] * bytes_ + bound.at),
+          "r"(shared_address(storage_->piece[warp_][slot])), "r"(bound.bytes)
+          : "memory");
+    }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
     ++stored_;
   }
 
   CourierStorage* storage_;
   int warp_;
+  char* matrix_;
+  int64_t bytes_;  // of a row
   uint32_t loaded_ = 0, stored_ = 0;
 };
 

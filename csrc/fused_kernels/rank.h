@@ -39,6 +39,7 @@ struct Rank {
   const int32_t* tiles;             // Q
   const int32_t* expert_Q;          // of each tile, by place
   const int32_t* order_Q;           // tiles in the order in which they can start; null: by place
+  const int32_t* round_Q;           // by place: the source, counted from this rank down, it waits for
   const int32_t* run_Q2;            // in that order: first and length of the run of one expert
   const int32_t* span_L2;           // of each expert the first row and the number of rows
   const int64_t* offset_V1;         // of each visit, the first of its rows in place_N

@@ -12,7 +12,7 @@ namespace coterie::fused {
 // Until all rows of a tile are there, for boxes that are loaded from now on.
 __device__ inline void wait_rows(const Rank& rank, const Tile& tile) {
   if (!rank.pulls) return;
-  wait<false>(rank, &rank.counters[kReady + tile.number], kUnits, kReadyTile, tile.number);
+  wait<false>(rank, &rank.counters[kReady + tile.number], kTile, kReadyTile, tile.number);
   fence_async();
 }
 

@@ -6,6 +6,7 @@ own. Memory that nobody has written holds NaN.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,6 +180,23 @@ def test_the_plan_is_that_of_part_one(data: st.DataObject) -> None:
         assert place_N[number] in mine.tolist()
 
 
+def test_a_row_is_brought_once_with_the_first_tile_that_needs_it() -> None:
+    case = Case(3, 12, 5, 200, 64, 128, seed=11)
+    ops = load(Path(__file__).parent / "parcels.cu")
+    for one in case.domain().here([one.plan for one in case.sent]):
+        plan, w = one.plan, torch.zeros(4, 256, 64, dtype=torch.bfloat16)
+        words = fused._row(one, Manner(), w, 128, arrival=True).words
+        count_P = ops.parcels(torch.tensor(words))
+        order_Q = plan.tile_7Q[0, : plan.tile_7Q[0, -1]].tolist()
+        turn = {tile: i for i, tile in enumerate(order_Q)}
+        expected_P = torch.zeros_like(count_P)
+        for first, end in pairwise(plan.offset_V1.tolist()):
+            places = plan.visited_N[first:end].tolist()
+            expected_P[min(places, key=lambda place: (turn[place // TILE], place))] = len(places)
+        assert torch.equal(count_P, expected_P)
+        assert (count_P > 1).any() and (count_P > 0).sum() < plan.place_N.numel()
+
+
 def check_runs(runs: list[list[int]], experts: list[int], most: int) -> None:
     """Each tile says which run it is in; runs are of one expert, as long as they may be."""
     at = 0
@@ -203,10 +221,10 @@ class Planted(NamedTuple):
 
 ERRORS = {
     "a tile that does not wait for its rows": Planted(
-        *("dispatch", 256, "receive.cuh", "kUnits, kReadyTile, tile.number", "0, kReadyTile, 0")
+        *("dispatch", 256, "receive.cuh", "kTile, kReadyTile, tile.number", "0, kReadyTile, 0")
     ),
     "padding that is not cleared": Planted(
-        *("dispatch", 128, "pull.cuh", "clear_row(to, rank.width);", "")
+        *("dispatch", 128, "pull.cuh", "if (parcel.source < 0) clear_row", "if (false) clear_row")
     ),
     "a slab that is put before it is there": Planted(
         *("combine", 128, "put.cuh", "wanted, kSlabDone", "1, kSlabDone")
