@@ -42,6 +42,8 @@ _CPU_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trappin
 _CUDA_FLAGS = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "-lineinfo", "-Xptxas=-v"]
 _FUSED_FLAGS = [*_CUDA_FLAGS, "-DNDEBUG", "--expt-relaxed-constexpr"]
 _HOPPER = "90a"
+# the PTX too: tests run it on the host
+_WITH_PTX = f"-gencode=arch=compute_{_HOPPER},code=compute_{_HOPPER}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _fused_recipe() -> Recipe:
             f"COTERIE_CUDA_ARCHS has no {_HOPPER}, and the fused kernels are for Hopper GPUs only",
             f"COTERIE_CUDA_ARCHS={_HOPPER} {COMMAND}",
         )
-    return _nvcc_recipe(_FUSED_FLAGS, [_HOPPER], with_cutlass=True)
+    return _nvcc_recipe([*_FUSED_FLAGS, _WITH_PTX], [_HOPPER], with_cutlass=True)
 
 
 def _nvcc_recipe(flags: list[str], archs: list[str], *, with_cutlass: bool = False) -> Recipe:

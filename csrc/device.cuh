@@ -52,8 +52,7 @@ template <class... Parameters, class... Arguments>
 void launch_together(
     void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Tensor&,
     Arguments... arguments) {
-  on_host::launch(
-      grid, block, shared, true, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  on_host::launch_together(kernel, grid, block, shared, static_cast<Parameters>(arguments)...);
 }
 
 #else

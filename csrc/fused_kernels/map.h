@@ -7,12 +7,14 @@
 
 #ifdef COTERIE_ON_HOST
 namespace coterie::fused {
-struct Map {
+struct alignas(128) Map {  // as large as CUtensorMap
   const Number* start;
   int64_t columns, rows;
+  int32_t box_columns, box_rows;
 };
-inline Map map_of(const Number* start, int64_t rows, int64_t columns, int, int) {
-  return {start, columns, rows};
+inline Map map_of(
+    const Number* start, int64_t rows, int64_t columns, int box_rows, int box_columns) {
+  return {start, columns, rows, box_columns, box_rows};
 }
 }  // namespace coterie::fused
 #else

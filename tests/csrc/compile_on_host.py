@@ -58,10 +58,13 @@ def compiled(sources: Iterable[Path], sanitize: bool, root: Path = CSRC) -> tupl
     if "clang" in compiler[0]:
         pytest.skip("CUDA sources on the host: compiled by g++ only")
     units = [HERE / "define_on_host.cpp", *sources]
+    fused = [source for source in sources if source.parent.name == "fused_kernels"]
+    if fused:
+        fused += sorted((HERE / "ptx").glob("*.cpp"))
     flags = [*_FLAGS, *_OPTIMISED, *(_CHECKED if sanitize else ())]
-    headers = [*root.rglob("*.h"), *root.rglob("*.cuh"), *HERE.glob("*.h")]
+    headers = [*root.rglob("*.h"), *root.rglob("*.cuh"), *HERE.rglob("*.h")]
     digest = hashlib.sha256("\0".join([*compiler, found.version, *flags]).encode())
-    for path in (*units, *sorted(headers)):
+    for path in (*units, *fused, *sorted(headers)):
         digest.update(path.read_bytes())
     library = f"coterie_on_host_{digest.hexdigest()[:12]}"
     _KEPT.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,10 @@ def compiled(sources: Iterable[Path], sanitize: bool, root: Path = CSRC) -> tupl
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
             partial = output.with_suffix(".partial")
+            # together: each would read torch's headers again
+            one = output.with_suffix(".cpp")
+            one.write_text("".join(f'#include "{path}"\n' for path in fused))
+            units = [one, *(unit for unit in units if unit not in fused)]
             command = [*compiler, *flags, f"-DCOTERIE_LIBRARY={library}"]
             command += [f"-I{root}", f"-I{HERE}", "-isystem", f"{found.path}/include"]
             command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *map(str, units)]

@@ -6,12 +6,12 @@
 // together. Shared memory is poisoned. What it has not: memory that is seen late (fences do
 // nothing), TMA, wgmma.
 //
-// Environment: COTERIE_ON_HOST_SEED (of the order; default 0).
+// Environment: COTERIE_ON_HOST_SEED (of the order; default 0), COTERIE_ON_HOST_PTX (see
+// launch_together).
 #pragma once
 
 #include <sched.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <chrono>
@@ -28,8 +28,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "ptx/run.h"
+#include "stack_switch.h"
+
 #ifdef __SANITIZE_ADDRESS__
-#include <dlfcn.h>
 #include <sanitizer/asan_interface.h>
 #endif
 
@@ -67,7 +69,7 @@ enum class State { ready, spinning, at_warp, at_block, at_named, done };
 struct Block;
 
 struct Fiber {
-  ucontext_t context;
+  Stack stack = nullptr;
   State state = State::ready;
   int barrier = 0, among = 0;  // a named barrier, and how many threads meet there
   uint64_t value = 0;          // what a shuffle gives to the others
@@ -84,7 +86,7 @@ struct Block {
 struct Grid {
   dim3 blocks, threads;
   std::function<void()> body;
-  ucontext_t scheduler;
+  Stack scheduler = nullptr;
   std::string failure;
 };
 
@@ -96,26 +98,18 @@ inline std::mt19937& random() {
   return generator;
 }
 
+// What was left on a stack by frames that never returned.
 #ifdef __SANITIZE_ADDRESS__
-// AddressSanitizer puts a swapcontext of its own in the way, which declares all of the stack that
-// it switches to sound: slow, and blind to what a frame overruns.
-inline void swap_context(ucontext_t* from, const ucontext_t* to) {
-  using Swap = int (*)(ucontext_t*, const ucontext_t*);
-  static const auto swap =
-      reinterpret_cast<Swap>(dlsym(dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD), "swapcontext"));
-  swap(from, to);
-}
 inline void forget_frames(void* start, size_t bytes) {
   __asan_unpoison_memory_region(start, bytes);
 }
 #else
-inline void swap_context(ucontext_t* from, const ucontext_t* to) { swapcontext(from, to); }
 inline void forget_frames(void*, size_t) {}
 #endif
 
 inline void give_way(State state) {
   now->state = state;
-  swap_context(&now->context, &grid->scheduler);
+  switch_stack(&now->stack, grid->scheduler);
 }
 
 inline void start() {
@@ -211,7 +205,7 @@ inline void run(std::vector<Block>& blocks) {
         if (fiber.state != State::ready && fiber.state != State::spinning) return;
         const bool spun = fiber.state == State::spinning;
         now = &fiber;
-        swap_context(&grid->scheduler, &fiber.context);
+        switch_stack(&grid->scheduler, fiber.stack);
         ran = true;
         moved |= !(spun && fiber.state == State::spinning);
       });
@@ -241,12 +235,8 @@ inline void prepare(Block& block, dim3 index, dim3 threads, size_t shared, char*
     Fiber& fiber = block.fibers[i];
     fiber.block = &block;
     fiber.thread = dim3(i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks + i * kStack;
     forget_frames(stacks + i * kStack, kStack);
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, start, 0);
+    fiber.stack = new_stack(stacks + i * kStack, kStack, start);
   }
 }
 
@@ -260,7 +250,7 @@ inline void launch(
   std::shuffle(order.begin(), order.end(), random());
   const size_t at_a_time = together ? order.size() : 1;
   Stacks stacks(count * std::max<size_t>(at_a_time, 1));
-  Grid here{blocks, threads, std::move(body), {}, {}};
+  Grid here{blocks, threads, std::move(body)};
   Grid* outside = grid;
   grid = &here;
   std::string failure;
@@ -277,6 +267,20 @@ inline void launch(
   }
   grid = outside;
   if (!here.failure.empty()) throw std::runtime_error("kernel on the host: " + here.failure);
+}
+
+// A cooperative launch: of the kernel's source, or, where COTERIE_ON_HOST_PTX names a folder, of what
+// nvcc made of it.
+template <class... Parameters>
+void launch_together(
+    void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared,
+    std::type_identity_t<Parameters>... arguments) {
+  const char* ptx = std::getenv("COTERIE_ON_HOST_PTX");
+  if (!ptx) return launch(blocks, threads, shared, true, [&] { kernel(arguments...); });
+  if (!on_ptx::launch) throw std::runtime_error("this library runs no PTX");
+  on_ptx::launch(
+      ptx, reinterpret_cast<const void*>(kernel), blocks, threads,
+      {{&arguments, sizeof arguments}...});
 }
 
 inline void* shared_memory() { return now->block->shared.get(); }

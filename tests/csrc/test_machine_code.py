@@ -4,38 +4,19 @@ The libraries of this checkout are looked at as they were built; where a tool th
 build one is missing, its checks are skipped, and where none is, it must be there.
 """
 
-import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
+from built_code import SOURCE, machine_code, report
 
-from coterie.csrc import build, toolchain
+from coterie.csrc import build
 
-SOURCE = Path(build.__file__).parent
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 GB = 10**9
-
-
-def report(library: str) -> dict[str, Any]:
-    """What the build's report says of each .cu file; skips where a tool is missing."""
-    entry = build.read_report(SOURCE).get(library, {"built": False, "reason": "not built"})
-    if not entry["built"]:
-        try:
-            build.find_recipe(SOURCE, library)
-        except toolchain.Skipped as lack:
-            absent = not (SOURCE / build.SOURCES[library]).parent.exists()
-            assert absent or not lack.reason.startswith("no sources"), lack.reason
-            pytest.skip(lack.reason)
-        pytest.fail(f"{library} could be built here, but was not: {entry['reason']}")
-    assert entry["sources"] == build.source_hash(SOURCE, library), f"run {toolchain.COMMAND}"
-    assert list(entry["files"]) == [path.name for path in build.sources(SOURCE, library)]
-    return dict(entry["files"])
 
 
 @pytest.mark.parametrize("library", ["cuda", "fused"])
@@ -59,29 +40,10 @@ def test_memory_to_compile_with(library: str) -> None:
         assert figures["memory"] < 4 * GB, name
 
 
-def cuobjdump() -> Path:
-    """The tool that prints machine code, of the CUDA toolkit or of its pip package."""
-    packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
-    places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, packages)]
-    found = shutil.which("cuobjdump", path=os.pathsep.join(places))
-    if found is None:
-        pytest.skip("no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    return Path(found)
-
-
 @cache
-def machine_code(library: str) -> dict[str, dict[str, set[str]]]:
-    """The instructions of each kernel, for each .cu file of a library."""
-    report(library)
-    tool = cuobjdump()
-    done = subprocess.run(
-        [tool, "-sass", SOURCE / build.library_name(library)],
-        env={**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return opcodes(done.stdout)
+def instructions(library: str) -> dict[str, dict[str, set[str]]]:
+    """Those of each kernel, for each .cu file of a library."""
+    return opcodes(machine_code(library))
 
 
 def opcodes(text: str) -> dict[str, dict[str, set[str]]]:
@@ -111,7 +73,7 @@ def test_instructions_are_read() -> None:
 
 
 def test_light_kernels_use_no_local_memory() -> None:
-    files = machine_code("cuda")
+    files = instructions("cuda")
     assert sorted(files) == sorted(report("cuda"))
     for name, kernels in files.items():
         for kernel, used in kernels.items():
@@ -120,7 +82,7 @@ def test_light_kernels_use_no_local_memory() -> None:
 
 def test_fused_kernels_use_what_hopper_has() -> None:
     """Tensor-core products of warp groups, loads by the TMA unit, registers moved between them."""
-    files = machine_code("fused")
+    files = instructions("fused")
     assert sorted(files) == sorted(report("fused"))
     for name, kernels in files.items():
         products = {kernel: used for kernel, used in kernels.items() if "HGMMA" in used}
