@@ -97,7 +97,7 @@ def _line(result: dict[str, Any]) -> str:
 def _options(arguments: argparse.Namespace) -> Options:
     settings = [tuple(map(int, setting.split("x"))) for setting in arguments.overlapped]
     if arguments.quick:
-        return Options(settings[:1], not arguments.no_peers, rounds=2, seconds=0.02, time_limit=60)
+        return Options(settings[:1], not arguments.no_peers, rounds=2, seconds=0.02, time_limit=180)
     return Options(settings, not arguments.no_peers, arguments.rounds)
 
 

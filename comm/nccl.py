@@ -20,6 +20,9 @@ SPARED = 16
 _UPWARDS = ("NCCL_MAX_CTAS", "NCCL_MIN_NCHANNELS", "NCCL_MIN_NRINGS", "NCCL_MIN_P2P_NCHANNELS")
 """What NCCL heeds more than a group's options."""
 
+_TOGETHER = "NCCL_CGA_CLUSTER_SIZE"
+"""CTAs that start together, next to each other: 4 on Hopper, if nobody says otherwise."""
+
 
 def ctas(groups: int) -> int | None:
     """What the collectives of each of ``groups`` may take that run beside launches; None: there are
@@ -39,6 +42,12 @@ def ctas(groups: int) -> int | None:
                 f"{SPARED} multiprocessors for {groups} group{'s' if groups > 1 else ''} of ranks: "
                 f"accepted are 1 to {most}, or none"
             )
+    if os.environ.get(_TOGETHER, "0") not in ("0", "1"):
+        raise UserError(
+            f"{_TOGETHER} is {os.environ[_TOGETHER]}, but model.moe.exchange.kind is fused, beside "
+            f"which multiprocessors that are next to each other may never be free together: "
+            f"accepted are 0 and 1, or none"
+        )
     return most
 
 
@@ -48,4 +57,5 @@ def options(most: int) -> Any:
 
     found = ProcessGroupNCCL.Options()
     found.config.max_ctas = most
+    found.config.cga_cluster_size = 0  # the multiprocessors left alone lie anywhere
     return found

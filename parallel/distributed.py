@@ -152,7 +152,7 @@ def make_groups(
         use = "state" if "shard" in axis or "replicate" in axis else "activations"
         options = nccl.options(ctas) if ctas is not None and axis in layout.beside else None
         if options is not None:
-            use = "beside fused"
+            use = f"{ctas} CTAs beside fused"
         for members in layout.groups(axis).tolist():
             if len(members) == 1:
                 continue

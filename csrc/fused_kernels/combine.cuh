@@ -20,11 +20,14 @@ struct Combine {
   static constexpr bool kTells = true;
 
   static Maps maps(const Rank& rank) {
+    STD_TORCH_CHECK(
+        rank.slabs >= 1 && rank.slabs <= columns(rank), "coterie: ", columns(rank),
+        " tiles side by side cannot be put in ", rank.slabs, " slabs");
     return {
         map_of(rank.left_PK, rank.pool_rows, rank.inner, kTile, kDepth),
         map_of(rank.weights, rank.experts * rank.inner, rank.width, kDepth, 64)};
   }
-  __device__ static int columns(const Rank& rank) { return columns_of<kColumns>(rank.width); }
+  __host__ __device__ static int columns(const Rank& rank) { return columns_of<kColumns>(rank.width); }
   __device__ static int count(const Rank& rank) { return *rank.tiles * columns(rank); }
   __device__ static int of_first_slab(const Rank& rank) {
     return *rank.tiles * slab_begin(columns(rank), static_cast<int>(rank.slabs), 1);

@@ -56,8 +56,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// To rows of a matrix `width` wide. Its first lane does the work; all lanes of the warp call it alike. Loads run up to kSlots - 1
-// pieces ahead of stores: one slot's store may still be reading.
+// To rows of a matrix `width` wide. Its first lane does the work; all lanes of the warp call it
+// alike. Loads run up to kSlots - 1 pieces ahead of stores: one slot's store may still be reading.
 class Courier {
  public:
   __device__ Courier(CourierStorage* storage, int warp, Number* matrix, int64_t width)

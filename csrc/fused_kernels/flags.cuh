@@ -12,6 +12,7 @@ inline uint32_t acquire(const uint32_t* at) { return __atomic_load_n(at, __ATOMI
 inline uint32_t acquire_system(const uint32_t* at) { return acquire(at); }
 inline void release_system(uint32_t* at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_SEQ_CST); }
 inline void add_release(uint32_t* at, uint32_t value) { __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
+inline void add_relaxed(uint32_t* at, uint32_t value) { add_release(at, value); }
 inline void fence_async() {}
 inline int64_t nanoseconds() { return on_host::nanoseconds(); }
 inline void rest() { on_host::spin(); }
@@ -36,6 +37,11 @@ __device__ __forceinline__ void release_system(uint32_t* at, uint32_t value) {
 
 __device__ __forceinline__ void add_release(uint32_t* at, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// After __threadfence() as good as add_release.
+__device__ __forceinline__ void add_relaxed(uint32_t* at, uint32_t value) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
 // What ordinary stores wrote is seen by bulk copies and TMA from here on.

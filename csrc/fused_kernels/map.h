@@ -12,8 +12,14 @@ struct alignas(128) Map {  // as large as CUtensorMap
   int64_t columns, rows;
   int32_t box_columns, box_rows;
 };
+// What the driver wants of a map is wanted here too.
 inline Map map_of(
     const Number* start, int64_t rows, int64_t columns, int box_rows, int box_columns) {
+  STD_TORCH_CHECK(
+      box_columns * sizeof(Number) == 128 && box_rows <= 256 && columns * sizeof(Number) % 16 == 0 &&
+          reinterpret_cast<uintptr_t>(start) % 16 == 0 && rows < int64_t{1} << 32,
+      "coterie: no tensor map for ", rows, " rows of ", columns, " numbers in boxes of ", box_rows,
+      " x ", box_columns);
   return {start, columns, rows, box_columns, box_rows};
 }
 }  // namespace coterie::fused
@@ -43,7 +49,7 @@ inline decltype(&cuTensorMapEncodeTiled) encoder() {
 // Boxes of box_rows x box_columns, 128 bytes wide, swizzled.
 inline Map map_of(
     const Number* start, int64_t rows, int64_t columns, int box_rows, int box_columns) {
-  if (rows == 0) return Map{};  // there is no tile: nobody loads through it
+  if (rows == 0) return Map{};  // no tile loads through it
   Map map;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * sizeof(Number)};

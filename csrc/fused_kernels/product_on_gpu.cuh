@@ -48,7 +48,10 @@ struct alignas(1024) Storage {
     int place[7];
   } item[kItems];
   static_assert(kItems > kStages<kColumns>);
+  // loads into stages leave alone what the courier keeps of its pieces
+  static_assert(offsetof(CourierStorage, arrived) >= sizeof stage);
 };
+static_assert(sizeof(Storage<128>) <= 227 << 10 && sizeof(Storage<256>) <= 227 << 10);
 
 template <int kColumns, Along kLeft, Along kRight>
 struct Product {

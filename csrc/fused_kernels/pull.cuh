@@ -86,9 +86,10 @@ __device__ inline void pull(const Rank& rank, CourierStorage* storage) {
     cross(rank, remote);
     __syncwarp();
     if (lane >= kUnit) continue;
-    if (mine.source < 0) add_release(&rank.counters[kReady + tile], 1);
+    __threadfence();
+    if (mine.source < 0) add_relaxed(&rank.counters[kReady + tile], 1);
     for (int n = 0; n < mine.to.count; ++n) {
-      add_release(&rank.counters[kReady + mine.to.row[n] / kTile], 1);
+      add_relaxed(&rank.counters[kReady + mine.to.row[n] / kTile], 1);
     }
   }
   courier.leave();

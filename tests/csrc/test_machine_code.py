@@ -28,6 +28,12 @@ def test_nothing_is_spilled(library: str) -> None:
             assert figures["stack"] == 0, name
 
 
+def test_registers_add_up_when_they_change_hands() -> None:
+    """128 threads keep 40, 256 take 232: of as many as a kernel begins with."""
+    for name, figures in report("fused").items():
+        assert 384 * figures["registers"] == 128 * 40 + 256 * 232, name
+
+
 def test_no_product_of_the_tensor_cores_waits_in_line() -> None:
     for name, figures in report("fused").items():
         for warning in figures["warnings"]:

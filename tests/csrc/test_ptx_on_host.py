@@ -108,4 +108,4 @@ def test_planted_errors_are_seen(
 
 @pytest.mark.skipif(sanitized(), reason="runs itself")
 def test_under_sanitizers() -> None:
-    check_under_sanitizers(__file__, "plain or by_themselves")
+    check_under_sanitizers(__file__, "256 and (plain or by_themselves)")

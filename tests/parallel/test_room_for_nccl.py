@@ -79,6 +79,17 @@ def test_the_environment_is_heeded(
         nccl.ctas(2)
 
 
+@pytest.mark.parametrize(("value", "fits"), [("0", True), ("1", True), ("4", False)])
+def test_ctas_start_one_by_one(value: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_CGA_CLUSTER_SIZE", value)
+    assert nccl.ctas(0) is None
+    if fits:
+        assert nccl.ctas(1) == 16
+        return
+    with pytest.raises(UserError, match=r"^NCCL_CGA_CLUSTER_SIZE is 4, .*: accepted are 0 and 1"):
+        nccl.ctas(1)
+
+
 def test_groups_are_made_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the axes that run beside launches, and no others."""
     layout = Layout(pp=2, tp=2, ep=2, etp=2, dp_shard=4)
@@ -86,10 +97,12 @@ def test_groups_are_made_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def new_group(members: list[int], pg_options: Any = None, **_: Any) -> object:
         made.setdefault(tuple(members), []).append(pg_options and pg_options.config.max_ctas)
+        # 4, NCCL's default, would have to start together, on neighbouring multiprocessors
+        assert pg_options is None or pg_options.config.cga_cluster_size == 0
         return object()
 
     def options() -> Any:
-        return SimpleNamespace(config=SimpleNamespace(max_ctas=None))
+        return SimpleNamespace(config=SimpleNamespace(max_ctas=None, cga_cluster_size=4))
 
     nccl_groups = SimpleNamespace(Options=options)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl_groups, raising=False)

@@ -52,8 +52,8 @@ struct Groups {
   }
 };
 
-// Ordinary stores to global memory, for what reads past them: bulk copies and tensor loads see them
-// behind a fence.proxy.async only, by the thread that stored or by the one that loads.
+// Stores to global memory, for what reads past them: bulk copies and tensor loads see them behind a
+// fence.proxy.async only, by the thread that stored or, once it knows of them, by the one that loads.
 class Stores {
  public:
   void store(uint64_t address, int64_t bytes) {
@@ -62,6 +62,7 @@ class Stores {
     }
   }
   void fence() { fenced_[on_host::now] = ++clock_; }
+  void acquire() { acquired_[on_host::now] = ++clock_; }
 
   bool behind_fence(uint64_t address, int64_t bytes) const {
     if (stored_.empty()) return true;
@@ -69,7 +70,8 @@ class Stores {
       const auto found = stored_.find(piece);
       if (found == stored_.end()) continue;
       const auto& [by, when] = found->second;
-      if (fence_of(by) < when && fence_of(on_host::now) < when) return false;
+      const uint64_t known = std::max(when, last(acquired_, on_host::now));
+      if (last(fenced_, by) < when && last(fenced_, on_host::now) < known) return false;
     }
     return true;
   }
@@ -77,13 +79,14 @@ class Stores {
  private:
   static constexpr uint64_t kPiece = 16;  // bytes
 
-  uint64_t fence_of(const on_host::Fiber* thread) const {
-    const auto found = fenced_.find(thread);
-    return found == fenced_.end() ? 0 : found->second;
+  using Times = std::unordered_map<const on_host::Fiber*, uint64_t>;
+  static uint64_t last(const Times& times, const on_host::Fiber* thread) {
+    const auto found = times.find(thread);
+    return found == times.end() ? 0 : found->second;
   }
 
   std::unordered_map<uint64_t, std::pair<const on_host::Fiber*, uint64_t>> stored_;
-  std::unordered_map<const on_host::Fiber*, uint64_t> fenced_;
+  Times fenced_, acquired_;
   uint64_t clock_ = 0;
 };
 
@@ -131,6 +134,13 @@ struct Thread {
       fail("address " + std::to_string(address) + " is not in shared memory");
     }
     return shared + (address - kShared);
+  }
+  // No barrier may lie where something is written.
+  void check_no_barrier(uint64_t from, int64_t bytes) const {
+    const auto found = block.barrier.lower_bound(static_cast<uint32_t>(from));
+    if (found != block.barrier.end() && found->first < from + bytes) {
+      fail("it overwrites the barrier at " + std::to_string(found->first));
+    }
   }
   Barrier& barrier_at(uint32_t address) const {
     const auto found = block.barrier.find(address);

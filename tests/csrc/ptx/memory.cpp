@@ -37,6 +37,7 @@ void store(Thread& t, const Instruction& i) {
     value[n] = t.get<T>(kCount == 1 ? i.operand[1] : i.operand[1].part[n]);
   }
   std::memcpy(where<kSpace>(t, i.operand[0], sizeof value), value, sizeof value);
+  if (kSpace == Space::shared) t.check_no_barrier(t.address(i.operand[0]), sizeof value);
   if (kSpace == Space::global) t.stores.store(t.address(i.operand[0]), sizeof value);
 }
 
@@ -46,6 +47,7 @@ void load_acquire(Thread& t, const Instruction& i) {
   perhaps_give_way();
   auto* at = reinterpret_cast<T*>(where<Space::global>(t, i.operand[1], sizeof(T)));
   t.set(i.operand[0], __atomic_load_n(at, __ATOMIC_SEQ_CST));
+  t.stores.acquire();
 }
 template <class T>
 void store_release(Thread& t, const Instruction& i) {
@@ -88,6 +90,7 @@ void of_type(Table& table, const std::string& type) {
     table[std::string("ld.acquire.") + scope + ".global." + type] = load_acquire<T>;
     table[std::string("st.release.") + scope + ".global." + type] = store_release<T>;
     table[std::string("red.release.") + scope + ".global.add." + type] = reduce_add<T>;
+    table[std::string("red.relaxed.") + scope + ".global.add." + type] = reduce_add<T>;
   }
   table["atom.global.add." + type] = atomic_add<T>;
   table["atom.global.max." + type] = atomic_max<T>;

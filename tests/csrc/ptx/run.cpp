@@ -14,6 +14,7 @@ namespace on_ptx {
 namespace {
 
 constexpr int kRegisters = 64 << 10;  // of a multiprocessor
+constexpr uint64_t kPoison = 0xCDCDCDCDCDCDCDCD;  // what a register holds before it is written
 
 std::string text_of(const std::filesystem::path& path) {
   std::ostringstream text;
@@ -149,7 +150,7 @@ void launch(
     }
     Thread thread{
         program, block, stores, static_cast<char*>(on_host::shared_memory()), parameters.get(),
-        std::vector<uint64_t>(program.slots)};
+        std::vector<uint64_t>(program.slots, kPoison)};
     run(thread);
   });
   for (const auto& [_, block] : blocks) {
