@@ -19,14 +19,14 @@ import torch
 
 from benchmarks.gpu import program
 from coterie.csrc.fused import Manner
-from tests.gpu.virtual_layer import Fused, Layer, errors, reference
+from tests.fused_layer import Fused, Layer, errors, reference
 
 
 def main() -> int:
     options = program.options(__doc__)
     device = program.begin(options)
     tokens = 150 if options.device == "cuda" else 20
-    given = Layer(R=2, E=8, K=2, T=tokens, D=192, F=128, choice="half").inputs(device)
+    given = Layer(R=2, E=8, K=2, T=tokens, D=192, F=128, half=True).inputs(device)
     truth = reference(given, torch.float64)
     fused = Fused(given)
     worst = 0.0

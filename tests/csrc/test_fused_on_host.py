@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from compile_on_host import CSRC, check_under_sanitizers, load, mutated_root, sanitized
-from fused_case import Case, Outcome, run, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from coterie.csrc import fused, fused_ops
 from coterie.csrc.fused import TILE_COLUMNS, Manner
 from coterie.csrc.fused_plan import TILE
 from coterie.csrc.fused_plan import plan as plan_of
+from tests.fused_layer import Found, Fused, Layer, check_errors, errors, reference
 
 
 def on_host() -> Any:
@@ -40,26 +40,30 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def check(case: Case, manner: Manner, **how: bool) -> Outcome:
-    outcome = run(case, manner, **how)
-    exact = truth(case)
-    bounds = truth(case, torch.bfloat16).errors(exact)
-    for error, bound in zip(outcome.errors(exact), bounds, strict=True):
-        assert error <= 2 * bound + 1e-6
-    return outcome
+def check(layer: Layer, manner: Manner, **how: bool) -> Found:
+    given = layer.inputs()
+    truth = reference(given, torch.float64)
+    found = Fused(given).run(manner, **how)
+    check_errors(errors(found, truth), errors(reference(given, torch.bfloat16), truth))
+    return found
 
 
-PLAIN = Case(2, 4, 2, 70, 64, 128, seed=1)
+def same(mine: Found, other: Found) -> bool:
+    """Bit by bit."""
+    return all(torch.equal(mine[name], other[name]) for name in mine | other)
+
+
+PLAIN = Layer(2, 4, 2, 70, 64, 128, seed=1)
 CASES = {
-    "alone": Case(1, 2, 1, 5, 64, 128),
+    "alone": Layer(1, 2, 1, 5, 64, 128),
     "plain": PLAIN,
-    "tails": Case(3, 6, 3, 30, 320, 384, seed=2),
-    "experts without rows": Case(2, 8, 2, 9, 128, 128, seed=3),
-    "several tiles": Case(2, 4, 4, 70, 64, 128, seed=4, hot=1),
-    "all from one to one": Case(3, 3, 1, 20, 64, 128, seed=5, hot=2, busy=0),
-    "nobody sends": Case(2, 2, 1, 3, 64, 128, seed=6, busy=-1),
-    "four ranks": Case(4, 8, 2, 5, 64, 128, seed=9),
-    "eight ranks": Case(8, 8, 3, 2, 64, 128, seed=10),
+    "tails": Layer(3, 6, 3, 30, 320, 384, seed=2),
+    "experts without rows": Layer(2, 8, 2, 9, 128, 128, seed=3),
+    "several tiles": Layer(2, 4, 4, 70, 64, 128, seed=4, hot=1),
+    "all from one to one": Layer(3, 3, 1, 20, 64, 128, seed=5, hot=2, busy=0),
+    "nobody sends": Layer(2, 2, 1, 3, 64, 128, seed=6, busy=-1),
+    "four ranks": Layer(4, 8, 2, 5, 64, 128, seed=9),
+    "eight ranks": Layer(8, 8, 3, 2, 64, 128, seed=10),
 }
 NARROW = ("plain", "tails", "experts without rows", "eight ranks")
 """For tiles of 128 columns."""
@@ -74,21 +78,18 @@ def test_both_passes(case: str, columns: int) -> None:
 
 
 def test_what_was_not_kept_is_computed_again() -> None:
-    case = PLAIN
-    kept = check(case, Manner(communication=1, slabs=1, blocks=3))
+    manner = Manner(communication=1, slabs=1, blocks=3)
+    kept = check(PLAIN, manner)
     for how in ({"keep": False}, {"again": True}):
-        same = check(case, Manner(communication=1, slabs=1, blocks=3), **how)
-        for mine, other in zip(same.tensors(), kept.tensors(), strict=True):
-            assert torch.equal(mine, other)
+        assert same(check(PLAIN, manner, **how), kept)
 
 
 def test_gradients_of_weights_may_be_left_out() -> None:
     manner = Manner(communication=1, slabs=1, blocks=2)
-    *whole, _, _ = run(PLAIN, manner).tensors()
-    *part, dw_in_EHD, dw_out_EFD = run(PLAIN, manner, of_weights=False).tensors()
-    assert not dw_in_EHD.numel() and not dw_out_EFD.numel()
-    for mine, other in zip(part, whole, strict=True):
-        assert torch.equal(mine, other)
+    virtual = Fused(PLAIN.inputs())
+    whole, part = virtual.run(manner), virtual.run(manner, of_weights=False)
+    nothing = {"dw_in": torch.empty(0), "dw_out": torch.empty(0)}
+    assert same(part, whole | nothing)
 
 
 @pytest.mark.parametrize(
@@ -102,22 +103,20 @@ def test_gradients_of_weights_may_be_left_out() -> None:
 def test_no_bit_depends_on_the_manner_or_on_order(
     columns: int, width: int, manners: list[Manner]
 ) -> None:
-    case = Case(2, 4, 2, 40, width, 128, seed=7)
-    domain = case.domain()
-    first, *others = (
-        run(case, manner._replace(tile_columns=columns), domain).tensors() for manner in manners
-    )
+    virtual = Fused(Layer(2, 4, 2, 40, width, 128, seed=7).inputs())
+    first, *others = (virtual.run(manner._replace(tile_columns=columns)) for manner in manners)
     for other in others:
-        for mine, theirs in zip(first, other, strict=True):
-            assert torch.equal(mine, theirs)
+        assert same(first, other)
 
 
 def test_a_domain_serves_one_layer_after_the_other() -> None:
-    cases = [Case(2, 4, 2, tokens, 64, 128, seed=tokens) for tokens in (20, 7, 20)]
-    domain = cases[0].domain()
-    for case in cases:
-        outcome = run(case, Manner(1, 1, 2), domain)
-        assert max(outcome.errors(truth(case))) < 0.1
+    domain = None
+    for tokens in (20, 7, 20):
+        given = Layer(2, 4, 2, tokens, 64, 128, seed=tokens).inputs()
+        virtual = Fused(given, domain)
+        domain = virtual.domain
+        found = errors(virtual.run(Manner(1, 1, 2)), reference(given, torch.float64))
+        assert max(largest for largest, _ in found.values()) < 0.1
 
 
 @given(st.data())
@@ -181,9 +180,9 @@ def test_the_plan_is_that_of_part_one(data: st.DataObject) -> None:
 
 
 def test_a_row_is_brought_once_with_the_first_tile_that_needs_it() -> None:
-    case = Case(3, 12, 5, 200, 64, 128, seed=11)
+    virtual = Fused(Layer(3, 12, 5, 200, 64, 128, seed=11).inputs())
     ops = load(Path(__file__).parent / "parcels.cu")
-    for one in case.domain().here([one.plan for one in case.sent]):
+    for one in virtual.here():
         plan, w = one.plan, torch.zeros(4, 256, 64, dtype=torch.bfloat16)
         words = fused._row(one, Manner(), w, 128, arrival=True).words
         count_P = ops.parcels(torch.tensor(words))
@@ -256,20 +255,18 @@ def test_errors_are_seen(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     root = mutated_root(tmp_path, f"fused_kernels/{file}", old, new)
     wrong = load(root / f"fused_kernels/{name}.cu", root=root)
     monkeypatch.setattr(fused_ops, "library", Wrong(on_host(), wrong, f"fused_{name}"))
-    case = Case(2, 4, 2, 70, 320, 128, seed=8)
+    layer = Layer(2, 4, 2, 70, 320, 128, seed=8)
     with pytest.raises(AssertionError):
         for blocks in (2, 3, 4):
-            check(case, Manner(1, 2, blocks, tile_columns=columns))
+            check(layer, Manner(1, 2, blocks, tile_columns=columns))
 
 
 def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PLAIN
-    domain = case.domain()
+    virtual = Fused(PLAIN.inputs())
     monkeypatch.setattr(fused, "_failures", {})
-    plans = [one.plan for one in case.sent]
-    here = domain.here(plans)[:1]  # rank 1 does not take part
+    here = virtual.here()[:1]  # rank 1 does not take part
     with pytest.raises(RuntimeError, match="trap"):
-        fused.dispatch(here, [case.w_in_EHD[:2]], Manner(1, 1, 2, patience=0.3), keep=False)
+        fused.dispatch(here, virtual.w_in[:1], Manner(1, 1, 2, patience=0.3), keep=False)
     told = fused.complaint()
     assert (
         told == "fused exchange: rank 0 waited for the rows of rank 1 (epoch 1; that rank is in 0)"
@@ -278,9 +275,8 @@ def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("columns", TILE_COLUMNS)
 def test_gradients_of_weights_by_themselves(columns: int) -> None:
-    case = PLAIN
-    plan = case.sent[0].plan
-    here = case.domain().here([one.plan for one in case.sent])[:1]
+    here = Fused(PLAIN.inputs()).here()[:1]
+    plan = here[0].plan
     left, right = torch.zeros(plan.pool_rows, 128), torch.zeros(plan.pool_rows, 64)
     expected = torch.zeros(plan.experts, 128, 64)
     for expert, (first, count) in enumerate(plan.span_L2.tolist()):
@@ -293,8 +289,7 @@ def test_gradients_of_weights_by_themselves(columns: int) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    case = PLAIN
-    here = case.domain().here([one.plan for one in case.sent])[:1]
+    here = Fused(PLAIN.inputs()).here()[:1]
     odd = torch.zeros(2, 2 * 96, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="a hidden width that is one of 128 are accepted"):
         fused.dispatch(here, [odd], Manner(), keep=False)

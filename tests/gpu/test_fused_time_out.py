@@ -13,15 +13,13 @@ import sys, time
 import torch
 from benchmarks.gpu import device as gpu
 from coterie.csrc import fused
-from tests.gpu.virtual_layer import Fused, Layer
+from tests.fused_layer import Fused, Layer
 
 device = gpu.use(sys.argv[1])
 alone = Fused(Layer(R=2, E=4, K=2, T=30, D=64, F=128).inputs(device))
-here = alone.domain.here([one.plan for one in alone.sent])[:1]
-w_in = alone.given.w_in_EHD.chunk(2)[:1]
 begin = time.monotonic()
 try:
-    fused.dispatch(here, w_in, fused.Manner(patience=0.5), keep=False)
+    fused.dispatch(alone.here()[:1], alone.w_in[:1], fused.Manner(patience=0.5), keep=False)
     gpu.ready(device)
 except RuntimeError as error:
     print(f"ended after {time.monotonic() - begin:.1f} s with {type(error).__name__}", flush=True)
