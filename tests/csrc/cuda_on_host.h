@@ -88,6 +88,7 @@ struct Grid {
   std::function<void()> body;
   Stack scheduler = nullptr;
   std::string failure;
+  int still = 0;  // rounds, up to now, in which all threads waited or spun
 };
 
 inline thread_local Grid* grid = nullptr;
@@ -224,6 +225,7 @@ inline void run(std::vector<Block>& blocks) {
     if (!ran && !skipped) {
       throw std::runtime_error("threads wait at barriers that others never reach");
     }
+    grid->still = moved ? 0 : grid->still + 1;
     if (!moved && !skipped) sched_yield();  // all spin: for another process, perhaps
   }
 }

@@ -8,7 +8,6 @@ namespace on_ptx {
 namespace {
 
 constexpr int kRow = 128;  // bytes of a row of a box, which are swizzled
-constexpr int kPatience = 10'000;  // looks at a barrier, with other threads' work between them
 
 void complete_if_all_came(Barrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) {
@@ -62,8 +61,7 @@ void try_wait(Thread& t, const Instruction& i) {
   bool done = (barrier.phase & 1) != (t.get<uint32_t>(i.operand[2]) & 1);
   if (done && chance(8)) done = false;  // it may always say so
   if (!done) on_host::spin();
-  t.in_vain = done ? 0 : t.in_vain + 1;
-  if (t.in_vain == kPatience) {
+  if (!done && is_stuck()) {
     t.fail(
         "it waits in vain for " + std::to_string(barrier.pending) + " threads and " +
         std::to_string(barrier.bytes) + " bytes");

@@ -51,7 +51,10 @@ void registers(Thread& t, const Instruction& i) {
     int& has = t.block.registers[on_host::number() / on_host::kLanes];
     const int wanted = t.get<int>(i.operand[0]), more = (wanted - has) * on_host::kLanes;
     if (more * kSign < 0) t.fail("it has " + std::to_string(has));
-    while (more > t.block.free_registers) on_host::spin();
+    while (more > t.block.free_registers) {
+      on_host::spin();
+      if (is_stuck()) t.fail("it waits in vain for registers");
+    }
     t.block.free_registers -= more;
     has = wanted;
   }
@@ -76,7 +79,9 @@ void add_control(Table& table) {
   table["elect.sync"] = elect;
   table["setmaxnreg.dec.sync.aligned.u32"] = registers<-1>;
   table["setmaxnreg.inc.sync.aligned.u32"] = registers<1>;
-  table["nanosleep.u32"] = [](Thread&, const Instruction&) { on_host::spin(); };
+  table["nanosleep.u32"] = [](Thread&, const Instruction&) {
+    on_host::give_way(on_host::State::ready);
+  };
   table["fence.proxy.async.global"] = [](Thread& t, const Instruction&) { t.stores.fence(); };
   // ordinary loads see every store at once here
   for (const char* fence : {"membar.sys", "membar.gl", "fence.proxy.async.shared::cta",

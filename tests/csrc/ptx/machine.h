@@ -102,7 +102,6 @@ struct Thread {
   const Instruction* now = nullptr;
   Groups products;
   Groups reads, writes;        // of bulk stores: of the source, and of the destination
-  int in_vain = 0;             // looks at a barrier, one after the other
 
   template <class T>
   T get(const Operand& from) const {
@@ -153,6 +152,9 @@ struct Thread {
 inline void perhaps_give_way() {
   if (chance(8)) on_host::give_way(on_host::State::ready);
 }
+
+// Whether nobody has done anything but look for long. (Who waits for another rank does something.)
+inline bool is_stuck() { return on_host::grid->still > 1000; }
 
 // All lanes of a warp must be at the same instruction.
 inline void meet_warp(Thread& thread) {
