@@ -90,7 +90,9 @@ class MegatronLayer(Peer):
         with on_cpu():
             parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
             model_parallel_cuda_manual_seed(0)
-            module = megatron_module(shape, ranks)
+            module = megatron_module(
+                shape, expert_model_parallel_size=ranks, use_cpu_initialization=True
+            )
         experts = [(e.linear_fc1.weight, e.linear_fc2.weight) for e in module.experts.local_experts]
         super().__init__(module, module.router.weight, experts)
 
