@@ -42,6 +42,7 @@ template <bool kBytes>
 void arrive_at(Thread& t, const Instruction& i) {
   perhaps_give_way();
   auto& barrier = t.barrier_at(static_cast<uint32_t>(t.address(i.operand[1])));
+  t.order.release(t.block.name_of(t.address(i.operand[1])));
   arrive(t, barrier, kBytes ? t.get<uint32_t>(i.operand[2]) : 0);
 }
 
@@ -66,12 +67,16 @@ void try_wait(Thread& t, const Instruction& i) {
         "it waits in vain for " + std::to_string(barrier.pending) + " threads and " +
         std::to_string(barrier.bytes) + " bytes");
   }
+  if (done) t.order.acquire(t.block.name_of(t.address(i.operand[1])));
   t.set(i.operand[0], done);
 }
 
 void check_fence(const Thread& t, const void* from, int64_t bytes) {
   if (!t.stores.behind_fence(reinterpret_cast<uint64_t>(from), bytes)) {
     t.fail("it reads what was stored without a fence between");
+  }
+  if (!t.order.load(reinterpret_cast<uint64_t>(from), bytes)) {
+    t.fail("nothing orders it behind the last store there");
   }
 }
 
@@ -154,6 +159,7 @@ void store_bulk(Thread& t, const Instruction& i) {
     std::memcpy(to, piece->data(), bytes);
     t.stores.store(reinterpret_cast<uint64_t>(to), bytes);
   });
+  t.stored.emplace_back(reinterpret_cast<uint64_t>(to), bytes);
 }
 
 void wait_reads(Thread& t, const Instruction& i) { t.reads.wait(t.get<uint32_t>(i.operand[0])); }
@@ -162,6 +168,11 @@ void wait_writes(Thread& t, const Instruction& i) {
   const auto but = t.get<uint32_t>(i.operand[0]);
   t.reads.wait(but);
   t.writes.wait(but);
+  if (but > 0) return;
+  for (const auto& [to, bytes] : t.stored) {
+    if (!t.order.store(to, bytes)) t.fail("nothing orders it behind the last store there");
+  }
+  t.stored.clear();
 }
 
 }  // namespace

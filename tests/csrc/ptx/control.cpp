@@ -32,7 +32,9 @@ void barrier(Thread& t, const Instruction& i) {
   const bool some = i.operand.size() > 1;
   const uint32_t among = some ? t.get<uint32_t>(i.operand[1]) : threads.x * threads.y * threads.z;
   if (among % on_host::kLanes) t.fail("not a whole number of warps");
+  t.order.release(t.block.name_of(number));
   named_barrier(static_cast<int>(number), static_cast<int>(among));
+  t.order.acquire(t.block.name_of(number));
 }
 
 // The first lane is it.
@@ -83,11 +85,10 @@ void add_control(Table& table) {
     on_host::give_way(on_host::State::ready);
   };
   table["fence.proxy.async.global"] = [](Thread& t, const Instruction&) { t.stores.fence(); };
-  // ordinary loads see every store at once here
-  for (const char* fence : {"membar.sys", "membar.gl", "fence.proxy.async.shared::cta",
-                            "fence.mbarrier_init.release.cluster"}) {
-    table[fence] = nothing;
+  for (const char* fence : {"membar.sys", "membar.gl", "fence.acq_rel.gpu", "fence.acq_rel.sys"}) {
+    table[fence] = [](Thread& t, const Instruction&) { t.order.fence(); };
   }
+  table["fence.proxy.async.shared::cta"] = table["fence.mbarrier_init.release.cluster"] = nothing;
 }
 
 }  // namespace on_ptx

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cuda_on_host.h"
+#include "order.h"
 #include "program.h"
 
 namespace on_ptx {
@@ -26,6 +27,8 @@ struct Barrier {
 struct Block {
   std::map<uint32_t, Barrier> barrier;          // by address
   std::vector<std::function<void()>> under_way;  // loads; they end in any order
+  // of a barrier, among all that threads meet or tell each other at
+  uint64_t name_of(uint64_t barrier) const { return reinterpret_cast<uint64_t>(this) << 20 | barrier; }
   std::vector<int> registers;                    // of a thread of each warp (setmaxnreg)
   int free_registers = 0;
 };
@@ -94,6 +97,7 @@ struct Thread {
   const Program& program;
   Block& block;
   Stores& stores;              // the launch's
+  Order& order;                // the launch's
   char* shared;                // the block's
   const char* parameters;
   std::vector<uint64_t> slot;
@@ -102,6 +106,7 @@ struct Thread {
   const Instruction* now = nullptr;
   Groups products;
   Groups reads, writes;        // of bulk stores: of the source, and of the destination
+  std::vector<std::pair<uint64_t, int64_t>> stored;  // by bulk stores that are not waited for yet
 
   template <class T>
   T get(const Operand& from) const {

@@ -142,6 +142,7 @@ void launch(
   const int each = kRegisters / count / 8 * 8;
   std::map<const on_host::Block*, Block> blocks;
   Stores stores;
+  Order order(static_cast<int>(grid.x * grid.y) * count / on_host::kLanes);
   on_host::launch(grid, threads, kSharedBytes, true, [&] {
     Block& block = blocks[on_host::now->block];
     if (block.registers.empty()) {
@@ -149,7 +150,7 @@ void launch(
       block.free_registers = kRegisters - each * count;
     }
     Thread thread{
-        program, block, stores, static_cast<char*>(on_host::shared_memory()), parameters.get(),
+        program, block, stores, order, static_cast<char*>(on_host::shared_memory()), parameters.get(),
         std::vector<uint64_t>(program.slots, kPoison)};
     run(thread);
   });
