@@ -5,7 +5,7 @@ from pathlib import Path
 
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.comm.exchange.fused.windows import check_usable, symmetric_memory
-from coterie.csrc.fused import FLAG_BYTES
+from coterie.csrc.fused_launch import FLAG_BYTES
 from coterie.data import DataConfig, TokenDataset, open_dataset, prepare
 from coterie.launch.config import RunConfig
 from coterie.parallel.distributed import Ranks, agreed, on_nodes, start

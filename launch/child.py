@@ -49,7 +49,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def _complaint() -> str | None:
     """Of a fused kernel that waited in vain, which ends as any CUDA error does; None: of none."""
-    fused = sys.modules.get("coterie.csrc.fused")  # not imported: that would import torch
+    fused = sys.modules.get("coterie.csrc.fused_launch")  # not imported: that would import torch
     complaint: str | None = None if fused is None else fused.complaint()
     return complaint
 

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from coterie.core.config import Config
-from coterie.csrc.fused import WIDTH
+from coterie.csrc.fused_launch import WIDTH
 from coterie.models.attention import AttentionConfig
 from coterie.models.depths import MixtureOfDepthsConfig
 from coterie.models.untied import UntieConfig

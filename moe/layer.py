@@ -11,7 +11,7 @@ from coterie.comm.axis import Axes
 from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.core.config import Config
-from coterie.csrc.fused import HIDDEN
+from coterie.csrc.fused_launch import HIDDEN
 from coterie.moe.assignment import sliced
 from coterie.moe.experts import Experts, ExpertsConfig
 from coterie.moe.feed_forward import FeedForward, FeedForwardConfig

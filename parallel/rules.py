@@ -5,7 +5,7 @@ from math import lcm
 from typing import get_args
 
 from coterie.core.errors import UserError
-from coterie.csrc import fused
+from coterie.csrc.fused_launch import HIDDEN, MOST_RANKS
 from coterie.models import DecoderConfig
 from coterie.parallel.layout import Layout, LayoutConfig, Schedule, stage_blocks
 
@@ -201,10 +201,10 @@ def _fused(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[s
     if model.moe is None or model.moe.exchange.kind != "fused":
         return
     hidden = model.moe.experts.hidden // config.etp
-    if hidden % fused.HIDDEN:
+    if hidden % HIDDEN:
         yield (
             f"parallel.etp is {config.etp}, which leaves a rank {hidden} of the experts' hidden "
-            f"width, but model.moe.exchange.kind fused needs multiples of {fused.HIDDEN}"
+            f"width, but model.moe.exchange.kind fused needs multiples of {HIDDEN}"
         )
     layout = _layout(config, world)
     expert_GR = layout.groups("expert")
@@ -222,10 +222,10 @@ def _fused(config: LayoutConfig, world: int, model: DecoderConfig) -> Iterator[s
             f"parallel: each node has one of the {ranks} ranks of ep × etp, so that "
             "model.moe.exchange.kind fused has none to connect: accepted is another kind"
         )
-    if together > fused.MOST_RANKS:
+    if together > MOST_RANKS:
         yield (
             f"parallel: {together} ranks of ep × etp exchange rows with each other, but "
-            f"model.moe.exchange.kind fused is for up to {fused.MOST_RANKS}"
+            f"model.moe.exchange.kind fused is for up to {MOST_RANKS}"
         )
 
 

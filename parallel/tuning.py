@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from coterie.comm.exchange.base import Exchange
 from coterie.comm.exchange.config import ExchangeConfig
 from coterie.comm.exchange.overlapped import OverlappedExchange
-from coterie.csrc.fused import TILE_COLUMNS
+from coterie.csrc.fused_launch import TILE_COLUMNS
 from coterie.models.decoder import Recompute
 from coterie.moe.assignment import Assignment, from_choices, sliced
 from coterie.moe.experts import Experts

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coterie.comm.exchange.fused import passes
 from coterie.comm.exchange.fused.virtual import VirtualDomain, sent
-from coterie.csrc.fused import FLAG_BYTES, Here, Manner
+from coterie.csrc.fused_launch import FLAG_BYTES, Here, Manner
 from coterie.moe.assignment import Assignment, from_choices
 
 Found = dict[str, Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.gpu.lone_rank import LoneRank, gradient_of_hidden
 from coterie.csrc import fused
-from coterie.csrc.fused import TILE_COLUMNS, Manner
+from coterie.csrc.fused_launch import TILE_COLUMNS, Manner
 from coterie.csrc.fused_plan import TILE
 
 PRODUCTS = ("in", "out", "d hidden", "d rows", "dw out", "dw in")

@@ -21,7 +21,7 @@ from benchmarks.gpu import cases, megatron_layers, program
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.layers import Fused, Grouped, Layer, Loop, Weights
 from benchmarks.gpu.timing import Step, medians
-from coterie.csrc.fused import TILE_COLUMNS, Manner
+from coterie.csrc.fused_launch import TILE_COLUMNS, Manner
 
 OURS = {f"coterie, fused, {columns} columns": columns for columns in TILE_COLUMNS}
 LOOP = "loop over experts"

@@ -15,7 +15,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.experts import grouped_mm
 from coterie.comm.exchange.fused import passes
 from coterie.comm.exchange.fused.virtual import VirtualDomain, sent
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused_launch import Manner
 from coterie.moe.assignment import Assignment, from_choices
 
 

@@ -32,7 +32,7 @@ from benchmarks.gpu.lone_rank import LoneRank
 from benchmarks.gpu.timing import Step, medians
 from benchmarks.gpu.two_streams import TwoStreams
 from coterie.csrc import fused
-from coterie.csrc.fused import HIDDEN, TILE_COLUMNS, WIDTH, Manner
+from coterie.csrc.fused_launch import HIDDEN, TILE_COLUMNS, WIDTH, Manner
 
 COMMUNICATION = (4, 8, 16, 24, 32)
 SLABS = (2, 4, 8)

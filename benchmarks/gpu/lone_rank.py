@@ -13,7 +13,14 @@ from torch import Tensor
 from benchmarks.gpu.cases import Case
 from coterie.comm.exchange.fused.virtual import VirtualDomain, sent
 from coterie.csrc import fused
-from coterie.csrc.fused import FLAG_BYTES, Here, Manner
+from coterie.csrc.fused_launch import (
+    FLAG_BYTES,
+    MOST_RANKS,
+    Here,
+    Manner,
+    launch,
+    table_row,
+)
 from coterie.moe.assignment import from_choices
 
 _FAR = 1 << 30
@@ -40,7 +47,7 @@ class LoneRank:
         capacity = max(one.token_V.numel() for one in all_sent)
         self.domain = VirtualDomain(case.ranks, case.D, capacity, device)
         flags = self.domain.memory[0][:FLAG_BYTES].view(torch.int32)
-        flags[: 2 * fused.MOST_RANKS] = _FAR
+        flags[: 2 * MOST_RANKS] = _FAR
         self.here = [Here(self.plan, self.domain.windows[0], 1)]
         # no visits: a combine that brings nothing home
         silent = self.plan._replace(before_S1=torch.zeros_like(self.plan.before_S1))
@@ -94,9 +101,9 @@ def gradient_of_hidden(
     pool, hidden = one.plan.pool_rows, w_out_EFD.shape[1]
     dh_PH, a_PF = torch.empty_like(h_PH), w_out_EFD.new_empty(pool, hidden)
     partial_PN = fused._partial(one, w_out_EFD, manner)
-    row = fused._row(
+    row = table_row(
         one, manner, w_out_EFD, hidden, arrival=True, pool_PD=dy_PD, hidden_PH=h_PH, act_PF=a_PF,
         grad_PH=dh_PH, partial_PN=partial_PN,
     )  # fmt: skip
-    fused._launch("fused_dispatch_backward", [[row]], manner, 0)
+    launch("fused_dispatch_backward", [[row]], manner, 0)
     return dh_PH, a_PF

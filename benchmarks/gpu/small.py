@@ -18,7 +18,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch
 
 from benchmarks.gpu import program
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused_launch import Manner
 from tests.fused_layer import Fused, Layer, errors, reference
 
 

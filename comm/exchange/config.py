@@ -12,7 +12,7 @@ from coterie.comm.exchange.fused.exchange import FusedExchange
 from coterie.comm.exchange.local import LocalExchange
 from coterie.comm.exchange.overlapped import OverlappedExchange
 from coterie.core.config import Config
-from coterie.csrc.fused import MOST_SLABS, Manner
+from coterie.csrc.fused_launch import MOST_SLABS, Manner
 
 Route = Literal["rows", "tokens", "nodes"]
 

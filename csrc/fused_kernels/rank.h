@@ -1,4 +1,4 @@
-// What a launch knows of one rank: fields of 8 bytes, which csrc/fused.py fills in this order.
+// What a launch knows of one rank: fields of 8 bytes, filled in this order by csrc/fused_launch.py.
 //
 // Legend: R ranks, P rows of this rank's pool (sorted by local expert, each expert's rows at a
 // multiple of kTile), Q tiles of kTile rows of it, L local experts, D width, F hidden width, V

@@ -6,7 +6,7 @@ busiest rank's experts take, P rows of its pool, D width, F hidden width of a ra
 
 from dataclasses import replace
 
-from coterie.csrc.fused import Windows
+from coterie.csrc.fused_launch import Windows
 from coterie.csrc.fused_plan import TILE
 from coterie.parallel.planner.activations import Held, cast_weights
 from coterie.parallel.planner.exchange import arriving, route_of

@@ -24,7 +24,7 @@ from coterie.comm.exchange.fused import passes
 from coterie.comm.exchange.fused.exchange import FusedExchange
 from coterie.comm.exchange.fused.windows import Domain
 from coterie.csrc import fused_ops, fused_plan
-from coterie.csrc.fused import Here, Manner
+from coterie.csrc.fused_launch import Here, Manner
 from coterie.csrc.fused_plan import Plan
 from coterie.launch import child
 from coterie.moe.assignment import from_choices

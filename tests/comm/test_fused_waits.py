@@ -15,7 +15,7 @@ from coterie.comm.exchange.fused import passes
 from coterie.comm.exchange.fused.exchange import FusedExchange
 from coterie.comm.exchange.fused.windows import Domain
 from coterie.csrc import fused, fused_ops
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused_launch import Manner
 from coterie.moe.assignment import from_choices
 from coterie.moe.experts import Experts, ExpertsConfig
 from tests.comm.files import files, kernels

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.comm.exchange.plan import most_tiles, places, pools, tiles
-from coterie.csrc import fused, fused_ops
-from coterie.csrc.fused import TILE_COLUMNS, Manner
+from coterie.csrc import fused, fused_launch, fused_ops
+from coterie.csrc.fused_launch import TILE_COLUMNS, Manner
 from coterie.csrc.fused_plan import TILE
 from coterie.csrc.fused_plan import plan as plan_of
 from tests.fused_layer import Found, Fused, Layer, check_errors, errors, reference
@@ -184,7 +184,7 @@ def test_a_row_is_brought_once_with_the_first_tile_that_needs_it() -> None:
     ops = load(Path(__file__).parent / "parcels.cu")
     for one in virtual.here():
         plan, w = one.plan, torch.zeros(4, 256, 64, dtype=torch.bfloat16)
-        words = fused._row(one, Manner(), w, 128, arrival=True).words
+        words = fused_launch.table_row(one, Manner(), w, 128, arrival=True).words
         count_P = ops.parcels(torch.tensor(words))
         order_Q = plan.tile_7Q[0, : plan.tile_7Q[0, -1]].tolist()
         turn = {tile: i for i, tile in enumerate(order_Q)}
@@ -263,11 +263,11 @@ def test_errors_are_seen(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     virtual = Fused(PLAIN.inputs())
-    monkeypatch.setattr(fused, "_failures", {})
+    monkeypatch.setattr(fused_launch, "_failures", {})
     here = virtual.here()[:1]  # rank 1 does not take part
     with pytest.raises(RuntimeError, match="trap"):
         fused.dispatch(here, virtual.w_in[:1], Manner(1, 1, 2, patience=0.3), keep=False)
-    told = fused.complaint()
+    told = fused_launch.complaint()
     assert (
         told == "fused exchange: rank 0 waited for the rows of rank 1 (epoch 1; that rank is in 0)"
     )
@@ -306,7 +306,7 @@ def test_fields_are_those_of_the_kernels() -> None:
         code = line.split("//")[0].strip().rstrip(";")
         if code:
             names += [part.split()[-1].lstrip("*") for part in code.split(",")]
-    assert tuple(names) == fused._FIELDS
+    assert tuple(names) == fused_launch._FIELDS
 
 
 @pytest.mark.skipif(sanitized(), reason="runs itself")

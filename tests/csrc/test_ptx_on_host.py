@@ -24,7 +24,7 @@ from test_fused_on_host import (  # the same tests, of other code
     test_what_was_not_kept_is_computed_again,  # noqa: F401
 )
 
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused_launch import Manner
 from tests.fused_layer import Layer
 
 

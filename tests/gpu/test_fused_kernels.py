@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coterie.csrc.fused import TILE_COLUMNS, Manner
+from coterie.csrc.fused_launch import TILE_COLUMNS, Manner
 from tests.fused_layer import Fused, Layer, check_errors, errors, reference
 from tests.gpu.conftest import ON_HOST
 

@@ -13,17 +13,18 @@ import sys, time
 import torch
 from benchmarks.gpu import device as gpu
 from coterie.csrc import fused
+from coterie.csrc.fused_launch import Manner, complaint
 from tests.fused_layer import Fused, Layer
 
 device = gpu.use(sys.argv[1])
 alone = Fused(Layer(R=2, E=4, K=2, T=30, D=64, F=128).inputs(device))
 begin = time.monotonic()
 try:
-    fused.dispatch(alone.here()[:1], alone.w_in[:1], fused.Manner(patience=0.5), keep=False)
+    fused.dispatch(alone.here()[:1], alone.w_in[:1], Manner(patience=0.5), keep=False)
     gpu.ready(device)
 except RuntimeError as error:
     print(f"ended after {time.monotonic() - begin:.1f} s with {type(error).__name__}", flush=True)
-    print(fused.complaint(), flush=True)
+    print(complaint(), flush=True)
     raise
 """
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from benchmarks.gpu import device as gpu
 from coterie.comm.exchange.fused import passes
 from coterie.core.errors import UserError
-from coterie.csrc.fused import Manner
+from coterie.csrc.fused_launch import Manner
 from tests.distributed import run_ranks
 from tests.fused_layer import (
     Errors,

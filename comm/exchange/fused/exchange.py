@@ -18,8 +18,9 @@ from coterie.comm.exchange.between_ranks import ExchangeBetweenRanks, Trip
 from coterie.comm.exchange.fused import passes
 from coterie.comm.exchange.fused.waits import Waits
 from coterie.comm.exchange.fused.windows import Domain, domain_of
-from coterie.csrc import fused, fused_plan
-from coterie.csrc.fused import Here, Hidden, Manner
+from coterie.csrc import fused_plan
+from coterie.csrc.fused import Hidden
+from coterie.csrc.fused_launch import MOST_RANKS, Here, Manner
 from coterie.csrc.fused_plan import Plan
 
 _MANNER = Manner()
@@ -45,8 +46,8 @@ class FusedExchange(ExchangeBetweenRanks):
         domain: Callable[[ProcessGroup, int], Domain] = domain_of,
     ) -> None:
         super().__init__(group, max_rows_factor, deduplicate=True)
-        if self.ranks > fused.MOST_RANKS:
-            raise ValueError(f"fused exchange: {self.ranks} ranks, up to {fused.MOST_RANKS} fit")
+        if self.ranks > MOST_RANKS:
+            raise ValueError(f"fused exchange: {self.ranks} ranks, up to {MOST_RANKS} fit")
         self.manner = manner
         self.domain = domain
         self.meters = ()

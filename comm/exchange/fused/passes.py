@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from coterie.csrc import fused
-from coterie.csrc.fused import Here, Hidden, Manner
+from coterie.csrc.fused import Hidden
+from coterie.csrc.fused_launch import Here, Manner
 
 
 class Results(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie.comm.exchange.base import Rows
 from coterie.comm.exchange.visits import visits
 from coterie.csrc import fused_plan
-from coterie.csrc.fused import Here, Windows
+from coterie.csrc.fused_launch import Here, Windows
 from coterie.csrc.fused_plan import Plan
 
 

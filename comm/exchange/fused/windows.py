@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from coterie.core.errors import UserError
-from coterie.csrc.fused import Here, Windows
+from coterie.csrc.fused_launch import Here, Windows
 from coterie.csrc.fused_plan import Plan
 from coterie.csrc.loader import fused_missing
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coterie.comm.exchange.fused import windows
 from coterie.csrc import fused_ops, fused_plan
-from coterie.csrc.fused import Windows
+from coterie.csrc.fused_launch import Windows
 from coterie.csrc.fused_plan import Plan
 from coterie.launch.plan_command import read_machine
 from coterie.models import DecoderConfig
