@@ -54,6 +54,12 @@ class Plan(NamedTuple):
         return self.source_P.numel()
 
 
+def pool_rows(rows: int, experts: int) -> int:
+    """P, room for ``rows`` and padding, however they are spread over ``experts``: whole tiles, and
+    at least one, since no tensor map has no rows."""
+    return max(rows // TILE + min(rows, experts), 1) * TILE
+
+
 def plan(
     load_SL: Tensor,
     visit_N: Tensor,
@@ -72,7 +78,7 @@ def plan(
     """
     ranks, experts = load_SL.shape
     device, rows = load_SL.device, visit_N.numel()
-    tiles = max(rows // TILE + min(rows, experts), 1)  # no tensor map has no rows
+    tiles = pool_rows(rows, experts) // TILE
     before_S1 = [0]
     for visits in received_S:
         before_S1.append(before_S1[-1] + visits)

@@ -6,8 +6,8 @@ busiest rank's experts take, P rows of its pool, D width, F hidden width of a ra
 
 from dataclasses import replace
 
-from coterie.csrc.fused_launch import Windows
-from coterie.csrc.fused_plan import TILE
+from coterie.csrc.fused_launch import Windows, across
+from coterie.csrc.fused_plan import TILE, pool_rows
 from coterie.parallel.planner.activations import Held, cast_weights
 from coterie.parallel.planner.exchange import arriving, route_of
 from coterie.parallel.planner.workload import INT, Workload
@@ -19,8 +19,9 @@ _NUMBER = 2
 def fused(work: Workload, count: int) -> Held:
     """Exchange and experts of a layer of ``count`` experts."""
     layout, width = work.layout, work.model.width
-    assert work.model.moe is not None
-    local, hidden = count // layout.ep, work.model.moe.experts.hidden // layout.etp
+    moe = work.model.moe
+    assert moe is not None
+    local, hidden = count // layout.ep, moe.experts.hidden // layout.etp
     pool = pool_rows(work.held, local)
     rows, inner, act = (pool * n * _NUMBER for n in (width, 2 * hidden, hidden))
     tokens = sent(work, count) * width * _NUMBER
@@ -31,15 +32,10 @@ def fused(work: Workload, count: int) -> Held:
     if work.recompute != "selective":
         kept, again = kept + inner, 0
     forward = kept + 2 * tokens + act + rows  # tokens there and back; results
-    partial = pool * -(-hidden // 256) * 4  # of the weights' gradient
+    partial = pool * across(moe.exchange.manner, hidden) * 4  # of the combine weights' gradient
     gradients = rows + inner + act + partial
     backward = 2 * tokens + gradients + again + rows + weights * _NUMBER
     return Held(kept, forward, backward)
-
-
-def pool_rows(rows: int, local: int) -> int:
-    """Room for ``rows`` of ``local`` experts: P."""
-    return max(rows // TILE + min(rows, local), 1) * TILE
 
 
 def sent(work: Workload, count: int) -> int:

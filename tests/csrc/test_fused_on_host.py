@@ -21,6 +21,7 @@ from coterie.csrc import fused, fused_launch, fused_ops
 from coterie.csrc.fused_launch import TILE_COLUMNS, Manner
 from coterie.csrc.fused_plan import TILE
 from coterie.csrc.fused_plan import plan as plan_of
+from coterie.launch import child
 from tests.fused_layer import Found, Fused, Layer, check_errors, errors, reference
 
 
@@ -271,6 +272,7 @@ def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert (
         told == "fused exchange: rank 0 waited for the rows of rank 1 (epoch 1; that rank is in 0)"
     )
+    assert child.explain(RuntimeError("unspecified launch failure")) == (1, told)  # by a run
 
 
 @pytest.mark.parametrize("columns", TILE_COLUMNS)

@@ -27,10 +27,11 @@ struct Barrier {
 struct Block {
   std::map<uint32_t, Barrier> barrier;          // by address
   std::vector<std::function<void()>> under_way;  // loads; they end in any order
-  // of a barrier, among all that threads meet or tell each other at
-  uint64_t name_of(uint64_t barrier) const { return reinterpret_cast<uint64_t>(this) << 20 | barrier; }
   std::vector<int> registers;                    // of a thread of each warp (setmaxnreg)
   int free_registers = 0;
+
+  // Of a barrier, among all that threads meet or tell each other at.
+  uint64_t name_of(uint64_t barrier) const { return reinterpret_cast<uint64_t>(this) << 20 | barrier; }
 };
 
 inline bool chance(unsigned one_in) { return on_host::random()() % one_in == 0; }

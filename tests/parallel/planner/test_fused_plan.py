@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coterie.comm.exchange.fused import windows
 from coterie.csrc import fused_ops, fused_plan
-from coterie.csrc.fused_launch import Windows
+from coterie.csrc.fused_launch import TILE_COLUMNS, Windows
 from coterie.csrc.fused_plan import Plan
 from coterie.launch.plan_command import read_machine
 from coterie.models import DecoderConfig
@@ -129,6 +129,16 @@ def test_a_stage_without_experts_has_none() -> None:
     work = work_of(config_of(2), "bf16", pp=2, ep=2, dp_replicate=2)
     piped = replace(work, blocks=(1, 1))
     assert fused.windows(piped, 0) == 0 < fused.windows(piped, 1)
+
+
+def test_each_tile_of_columns_has_sums_of_its_own() -> None:
+    """For the gradient of a row's weight, in float32."""
+    backward = {}
+    for columns in TILE_COLUMNS:
+        work = planned("fused", exchange={"kind": "fused", "tile_columns": columns})
+        backward[columns] = fused.fused(work, 8).backward
+    pool = fused_plan.pool_rows(work.held, 2)
+    assert backward[128] - backward[256] == pool * (256 // 128 - 256 // 256) * 4
 
 
 def test_rows_cross_in_bfloat16() -> None:
